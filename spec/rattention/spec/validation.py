@@ -1,0 +1,216 @@
+"""One validation for every backend, driven by operations.toml, so that all refuse with the same text (BCK-5).
+
+Order of the checks: tensor names, attributes, ranks, dtypes, shapes, constraints between tensors, constraints on
+values. The first that fails is reported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rattention.spec import constraints
+from rattention.spec.errors import SpecError
+from rattention.spec.operations import REQUIRED, Attribute, Operation, Tensor, load
+
+POSITIVE_DIMS = frozenset({"H", "Hq", "Hkv", "D", "Dv"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """A validated call: the operation, its attributes with defaults filled in, size of each dimension symbol."""
+
+    operation: Operation
+    attributes: dict[str, Any]
+    dims: dict[str, int]
+    given: frozenset[str]
+    storage: str
+
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every output this call has."""
+        return {o.name: tuple(self.dims[d] for d in o.shape) for o in self.operation.outputs if self.has_output(o.name)}
+
+    def has_output(self, name: str) -> bool:
+        """False for the gradient of an input that was not given."""
+        return not (self.operation.is_vjp and name.removeprefix("d_") not in self.given)
+
+    def output_dtypes(self, input_dtypes: Mapping[str, str]) -> dict[str, str]:
+        """Dtype of every output: storage, float32 or int32, and for gradients that of the input (GRAD-6)."""
+        if self.operation.is_vjp:
+            return {name: input_dtypes[name.removeprefix("d_")] for name in self.output_shapes()}
+        return {o.name: self.storage if o.dtype == "storage" else o.dtype for o in self.operation.outputs}
+
+
+def dtype_name(x: Any) -> str:
+    """The dtype of a NumPy, Torch or JAX array by its common name, such as `bfloat16`."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def validate(
+    operation: str,
+    tensors: Mapping[str, Any],
+    attributes: Mapping[str, Any],
+    *,
+    host: Mapping[str, Any] | None = None,
+    extra_dtypes: tuple[str, ...] = (),
+) -> Call:
+    """Check one call and return it with defaults filled in and dimensions named.
+
+    Args:
+        operation: a name of operations.toml, `.vjp` included.
+        tensors: arrays of any framework with `.shape` and `.dtype`; `None` stands for an absent optional.
+        attributes: as given by the caller.
+        host: integer tensors as NumPy arrays, for the checks that need values (ERR-8 .. ERR-11); without it only
+            shapes, dtypes and attributes are checked.
+        extra_dtypes: storage dtypes accepted beyond the specification's, say float64 for a gradient check.
+
+    Raises:
+        SpecError: the first broken constraint.
+    """
+    op = load().operations.get(operation)
+    if op is None:
+        known = ", ".join(load().operations)
+        raise SpecError(operation, "operation", f"one of {known}", repr(operation), "ERR-1")
+    given = {name: t for name, t in tensors.items() if t is not None}
+    _names(op, given)
+    attrs = _attributes(op, attributes)
+    for spec, t in _pairs(op, given):
+        if len(t.shape) != len(spec.shape):
+            raise SpecError(
+                op.name,
+                spec.name,
+                f"rank {len(spec.shape)} {_brackets(spec.shape)}",
+                f"rank {len(t.shape)} {_brackets(t.shape)}",
+                "ERR-2",
+            )
+    storage = _dtypes(op, given, extra_dtypes)
+    dims = _dims(op, given, attrs)
+    call = Call(op, attrs, dims, frozenset(given), storage)
+    constraints.check_shapes(op.name, given, attrs, dims)
+    if host:
+        constraints.check_values(op.name, {k: host[k] for k in host if host[k] is not None}, given, attrs, dims)
+    return call
+
+
+def _pairs(op: Operation, given: Mapping[str, Any]) -> list[tuple[Tensor, Any]]:
+    return [(t, given[t.name]) for t in op.tensors if t.name in given]
+
+
+def _names(op: Operation, given: Mapping[str, Any]) -> None:
+    known = op.tensor
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise SpecError(
+                op.name, name, "one of the tensors " + ", ".join(known), f"an unknown tensor{hint}", "ERR-1"
+            )
+    for t in op.tensors:
+        if not t.optional and t.name not in given:
+            raise SpecError(op.name, t.name, f"a tensor {_brackets(t.shape)}", "none", "ERR-1")
+
+
+def _attributes(op: Operation, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    known = op.attribute
+    for name in attributes:
+        if name not in known:
+            raise SpecError(op.name, name, "one of the attributes " + ", ".join(known), "an unknown attribute", "ERR-5")
+    filled = {}
+    for name, spec in known.items():
+        if name not in attributes:
+            if spec.default is REQUIRED:
+                raise SpecError(op.name, name, spec.domain, "no value", "ERR-5")
+            filled[name] = spec.default
+        else:
+            filled[name] = _attribute(op, spec, attributes[name])
+    return filled
+
+
+def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
+    error = SpecError(op.name, spec.name, spec.domain, repr(value), "ERR-5")
+    kind = spec.type.removesuffix(" or none")
+    if value is None:
+        if kind != spec.type:
+            return None
+        raise error
+    if kind == "choice":
+        if not isinstance(value, str) or value not in spec.choices:
+            raise error
+        return value
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+        raise error
+    try:
+        number = operator.index(value) if kind == "int" else float(value)
+    except (TypeError, ValueError):
+        raise error from None
+    if isinstance(value, str) or not math.isfinite(number):
+        raise error
+    if spec.minimum is not None and number < spec.minimum:
+        raise error
+    if spec.exclusive_minimum is not None and number <= spec.exclusive_minimum:
+        raise error
+    if spec.multiple_of is not None and number % spec.multiple_of:
+        raise error
+    return number
+
+
+def _dtypes(op: Operation, given: Mapping[str, Any], extra: tuple[str, ...]) -> str:
+    allowed = load().storage_dtypes + extra
+    pairs = _pairs(op, given)
+    storage, owner = "float32", ""
+    for spec, t in pairs:
+        if spec.dtype != "storage":
+            continue
+        name = dtype_name(t)
+        if name not in allowed:
+            raise SpecError(op.name, spec.name, "dtype " + " or ".join(allowed), name, "ERR-4")
+        if owner and name != storage:
+            raise SpecError(op.name, spec.name, f"dtype {storage}, that of {owner}", name, "ERR-4")
+        storage, owner = name, spec.name
+    wide = ("float64",) if storage == "float64" else ()
+    classes = {
+        "weight": tuple(dict.fromkeys(("float32", storage))),
+        "float32": ("float32", *wide),
+        "int32": ("int32",),
+    }
+    for spec, t in pairs:
+        name = dtype_name(t)
+        if spec.dtype != "storage" and name not in classes[spec.dtype]:
+            raise SpecError(op.name, spec.name, "dtype " + " or ".join(classes[spec.dtype]), name, "ERR-4")
+    return storage
+
+
+def _dims(op: Operation, given: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[str, int]:
+    dims: dict[str, int] = {}
+    if "head_dim" in attrs:
+        dims["D"], dims["D/2"] = attrs["head_dim"], attrs["head_dim"] // 2
+    if attrs.get("window") is not None:
+        dims["W"] = max(attrs["window"], 0)
+    for spec, t in _pairs(op, given):
+        for axis, symbol in enumerate(spec.shape):
+            size = int(t.shape[axis])
+            if symbol in POSITIVE_DIMS and size < 1:
+                raise SpecError(
+                    op.name, spec.name, f"{symbol} >= 1 in {_brackets(spec.shape)}", _brackets(t.shape), "ERR-3"
+                )
+            if dims.setdefault(symbol, size) != size:
+                raise SpecError(op.name, spec.name, f"shape {_named(spec.shape, dims)}", _brackets(t.shape), "ERR-3")
+            if symbol == "D":
+                dims["D/2"] = size // 2
+                if "feature_map" in attrs:
+                    dims["F"] = size if attrs["feature_map"] == "identity" else 2 * size
+            if symbol == "W":
+                dims["Wnext"] = size if attrs.get("window") is not None else size + dims["T"]
+    return dims
+
+
+def _brackets(shape: tuple[Any, ...]) -> str:
+    return "[" + ", ".join(str(s) for s in shape) + "]"
+
+
+def _named(shape: tuple[str, ...], dims: Mapping[str, int]) -> str:
+    return "[" + ", ".join(f"{s}={dims[s]}" if s in dims else s for s in shape) + "]"
