@@ -53,7 +53,9 @@ def resolve(text: str) -> Any:
     place, colon, attribute = target.rpartition(":")
     if not colon:
         known = ", ".join(registered())
-        raise CannotRun(f"{text!r} is no backend: expected one of {known}, FILE.py:ATTRIBUTE, MODULE:ATTRIBUTE or exec:COMMAND")
+        raise CannotRun(
+            f"{text!r} is no backend: expected one of {known}, FILE.py:ATTRIBUTE, MODULE:ATTRIBUTE or exec:COMMAND"
+        )
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
         backend = module

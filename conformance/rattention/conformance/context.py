@@ -113,9 +113,7 @@ class Context:
                     return reason
         return ""
 
-    def _structure(
-        self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any], result: Any
-    ) -> None:
+    def _structure(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any], result: Any) -> None:
         """BCK-2, GRAD-6 and BCK-4: names, shapes, dtypes, and the path taken."""
         label = ("GRAD-6", "BCK-2") if op.endswith(".vjp") else ("BCK-2",)
         if not isinstance(result, Mapping):
@@ -145,7 +143,9 @@ class Context:
             return
         if not launched or path in ("", "eager", "xla", "fallback"):
             self.violations.append(
-                Violation(("BCK-4",), f"{op}: kernels are claimed, and the run took path {path!r} with {launched}", "law")
+                Violation(
+                    ("BCK-4",), f"{op}: kernels are claimed, and the run took path {path!r} with {launched}", "law"
+                )
             )
         unknown = [k for k in launched if not any(str(k).startswith(str(c)) for c in claimed)]
         if unknown:

@@ -86,9 +86,13 @@ def hypotheses(case: Case) -> Iterator[Hypothesis]:
         for step in (-1, 1):
             moved = t["cache_length"] + np.int32(step)
             if moved.min(initial=0) >= 0:
-                yield swap("positions: as if the cache were one token longer or shorter", ("EXT-8",), cache_length=moved)
+                yield swap(
+                    "positions: as if the cache were one token longer or shorter", ("EXT-8",), cache_length=moved
+                )
     if "swa_weight" in t:
-        yield swap("weights: as if the two were exchanged", ("MIX-1",), swa_weight=t["rla_weight"], rla_weight=t["swa_weight"])
+        yield swap(
+            "weights: as if the two were exchanged", ("MIX-1",), swa_weight=t["rla_weight"], rla_weight=t["swa_weight"]
+        )
     if storage_of(case) == "float32":
         for bits, text in ((11, "TF32"), (8, "bfloat16")):
             cut = {k: _bits(t[k], bits) for k in ("q", "k", "v", "x", "cache_k", "cache_v", "d_out") if k in t}
@@ -178,9 +182,7 @@ def _reorder(name: str, x: np.ndarray, heads: np.ndarray) -> np.ndarray:
     return x[heads] if name in ("d_memory", "d_swa_weight", "d_rla_weight") else x
 
 
-def diagnose(
-    ctx: Context, case: Case, recipe: Recipe, violations: list[Violation], before: list[Violation]
-) -> None:
+def diagnose(ctx: Context, case: Case, recipe: Recipe, violations: list[Violation], before: list[Violation]) -> None:
     """Put the likeliest clauses first in each violation that says no more than "outside the budget", and add a guess."""
     plain = [v for v in violations if v.clauses == ("NUM-1",)]
     outputs = {v.output for v in plain if v.output}

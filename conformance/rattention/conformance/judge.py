@@ -148,7 +148,9 @@ def same_bits(
     """Equality element by element, NaN equal to NaN and 0 equal to -0."""
     x, y = np.asarray(got), np.asarray(expected)
     if x.shape != y.shape or x.dtype != y.dtype:
-        return Violation(clauses, f"{name}: {why}: {y.dtype}{list(y.shape)} became {x.dtype}{list(x.shape)}", "law", name)
+        return Violation(
+            clauses, f"{name}: {why}: {y.dtype}{list(y.shape)} became {x.dtype}{list(x.shape)}", "law", name
+        )
     a, b = x.astype(np.float64), y.astype(np.float64)
     differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
     if live is not None:

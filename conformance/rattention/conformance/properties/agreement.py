@@ -8,6 +8,7 @@ from rattention.conformance.case import Case
 from rattention.conformance.context import Context
 from rattention.conformance.features import exercised
 from rattention.conformance.judge import Violation
+from rattention.conformance.oracle import Bounds
 from rattention.conformance.properties.base import default_make, register
 from rattention.conformance.strategies import Plan, Recipe
 from rattention.conformance.strategies.pools import recipes, supported
@@ -47,5 +48,10 @@ def _make(plan: Plan, recipe: Recipe) -> Case:
 def check(ctx: Context, case: Case) -> list[Violation]:
     """NUM-1: one call, every output element by element."""
     got = ctx.run(case.op, case.tensors, case.attrs)
-    bounds = ctx.bounds(case.op, case.tensors, case.attrs)
+    bounds = stored_bounds(case) or ctx.bounds(case.op, case.tensors, case.attrs)
     return ctx.judge(case, got, bounds, ("NUM-1",))
+
+
+def stored_bounds(case: Case) -> Bounds:
+    """The answer that a case from disk carries; empty unless it is complete."""
+    return {name: (value, case.budget[name]) for name, value in case.expected.items() if name in case.budget}
