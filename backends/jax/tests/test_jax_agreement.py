@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ backend = pytest.importorskip("rattention.jax.adapter").backend
 rng = np.random.default_rng(20260724)
 
 
-def normal(*shape: int, dtype: object = np.float32) -> np.ndarray:
+def normal(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     return rng.standard_normal(shape).astype(dtype)
 
 
@@ -40,7 +42,7 @@ def both(op: str, tensors: dict, attrs: dict) -> None:
     check(f"{op}.vjp", with_cotangents(op, tensors, attrs), attrs)
 
 
-def inputs(T: int, dtype: object = np.float32, B: int = 2, Hkv: int = 2, G: int = 3, D: int = 8, Dv: int = 5) -> dict:
+def inputs(T: int, dtype: Any = np.float32, B: int = 2, Hkv: int = 2, G: int = 3, D: int = 8, Dv: int = 5) -> dict:
     Hq = Hkv * G
     angle = rng.uniform(-3, 3, (T + 4, D // 2))
     return {
@@ -81,7 +83,7 @@ def test_packed_documents_with_poisoned_padding(T: int, w: int | None) -> None:
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 @pytest.mark.parametrize("feature_map", ["relu", "identity"])
-def test_sixteen_bits(dtype: object, feature_map: str) -> None:
+def test_sixteen_bits(dtype: Any, feature_map: str) -> None:
     tensors = inputs(100, dtype, Dv=8)
     if feature_map == "identity":
         tensors |= {"memory": tensors["memory"][:, :8], "initial_state": tensors["initial_state"][:, :, :8]}

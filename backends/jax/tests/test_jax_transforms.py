@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,7 @@ def qkvw() -> tuple[jax.Array, ...]:
 
 def close(x: jax.Array, y: jax.Array, tolerance: float = 2e-5) -> None:
     """Same computation in another arrangement: equal up to float32 rounding of the largest element."""
-    x, y = np.asarray(x), np.asarray(y)
-    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(np.abs(y).max(), 1))
+    np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(float(jnp.abs(y).max()), 1))
 
 
 def test_the_parts_compose_to_the_whole(qkvw) -> None:
@@ -108,7 +108,7 @@ def test_float64_when_enabled(qkvw) -> None:
 def test_decode_with_a_donated_cache(qkvw) -> None:
     q, k, v, a, b = qkvw
     expected, state = rattention(q, k, v, a, b, window=W, return_final_state=True)
-    step = jax.jit(lambda cache, *x: rattention_extend(*x, a, b, cache, window=W), donate_argnums=0)
+    step = jax.jit(lambda cache, q, k, v: rattention_extend(q, k, v, a, b, cache, window=W), donate_argnums=0)
     cache, outs = Cache.empty(B, HKV, D, DV, window=W), []
     for t in range(60):
         old = cache
@@ -126,14 +126,12 @@ def test_a_decoded_token_costs_the_same_anywhere() -> None:
     """Nothing in the compiled step has a size that depends on the tokens before it: its shapes are those of the cache,
     and its operation count is that of w + 1 scores and one state."""
 
-    def flops(window: int) -> float:
+    def flops(window: int) -> Any:
         cache = Cache.empty(1, HKV, D, DV, window=window)
-        args = [
-            jax.ShapeDtypeStruct(s, jnp.float32)
-            for s in ((1, 1, HQ, D), (1, 1, HKV, D), (1, 1, HKV, DV), (HQ, DV), (HQ, DV))
-        ]
-        step = jax.jit(lambda c, *x: rattention_extend(*x, c, window=window))
-        return step.lower(cache, *args).compile().cost_analysis()["flops"]
+        shapes = (1, 1, HQ, D), (1, 1, HKV, D), (1, 1, HKV, DV), (HQ, DV), (HQ, DV)
+        args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+        step = jax.jit(lambda cache, *x: rattention_extend(*x, cache=cache, window=window))
+        return step.lower(cache, *args).compile().cost_analysis()["flops"]  # pyright: ignore[reportOptionalSubscript]
 
     one, two, four = flops(64), flops(128), flops(256)
     assert (four - two) == pytest.approx(2 * (two - one), rel=0.05)

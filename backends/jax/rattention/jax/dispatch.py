@@ -21,6 +21,7 @@ from rattention.jax import xla
 from rattention.spec import Call, SpecError, Unsupported, validate
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 INTEGERS = ("positions", "segment_ids", "cache_length", "lengths")

@@ -8,6 +8,7 @@ import numpy as np
 from rattention.spec import Unsupported, validate
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 

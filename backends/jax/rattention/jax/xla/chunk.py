@@ -82,7 +82,7 @@ def _linear_branch(
             out = jnp.where(reads[:, None, None, :, None], out, 0)
     if "memory" in data:
         out = out + _dot(plan, "bhgcf,hgfv->bhgcv", features, data["memory"])
-    if not plan.linear:
+    if not plan.linear or state is None:
         return out, state
     v = data["v"][:, :, : plan.chunk]
     kf = phi(data["kf"], plan.feature_map)

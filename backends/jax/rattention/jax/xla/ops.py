@@ -81,7 +81,7 @@ def _extend(window: int | None, feature_map: str, precision: Any, given: Arrays,
     slots, tokens = given["cache_k"].shape[1], given["q"].shape[1]
     where = of_extend(slots, tokens, given["cache_length"], given.get("lengths"))
     stored = {name: _alive(jnp.concatenate([given[f"cache_{name}"], given[name]], axis=1), where.live) for name in "kv"}
-    q = _alive(_wide(given["q"]), where.live[:, slots:])
+    q = _alive(_wide(given["q"]), where.live, slots)
     k, v = _wide(stored["k"]), _wide(stored["v"])
     out, state = _attend(
         "rattention", window, feature_map, precision, where, q, k, v, given["cache_state"], given, numbers
@@ -130,7 +130,7 @@ def _attend(
         linear=wants_linear and window is not None,
         mix=op == "rattention",
         inclusive=window == -1,
-        segmented=where.order is not None,
+        segmented=where.segments is not None,
         feature_map=feature_map,
         precision=precision,
     )
@@ -164,9 +164,9 @@ def _attend(
     out = jnp.moveaxis(out, 0, 3)  # [B, Hkv, G, chunks, C, Dv]
     out = out.reshape(batch, heads, plan.chunks * plan.chunk, values.shape[3])[:, :, :tokens]
     out = jnp.swapaxes(out, 1, 2)
-    if not plan.linear and plan.segmented and folded is not None:
-        folded = jnp.where((where.first == where.last)[:, None, None, None], folded, 0)
-    return _alive(out, None if where.live is None else where.live[:, -tokens:]), after if plan.linear else folded
+    if where.segments is not None and not plan.linear and folded is not None:
+        folded = jnp.where((where.segments.first == where.segments.last)[:, None, None, None], folded, 0)
+    return _alive(out, where.live, -tokens), after if plan.linear else folded
 
 
 def _ints(plan: Plan, where: Tokens, numbers: Arrays) -> Arrays:
@@ -174,8 +174,8 @@ def _ints(plan: Plan, where: Tokens, numbers: Arrays) -> Arrays:
     index = jnp.arange(plan.chunks * plan.chunk, dtype=jnp.int32).reshape(plan.chunks, 1, plan.chunk)
     steps: Arrays = {"fold": index < where.end[None, :, None]}
     whole: Arrays = {"eps": numbers["eps"], "start": where.start}
-    if plan.segmented:
-        order = where.order
+    if where.segments is not None:
+        order, first, last = where.segments
         total = plan.chunks * plan.chunk
         padded = jnp.pad(order, ((0, 0), (0, plan.prefix + total - order.shape[1])))
         new = padded[:, plan.prefix :].reshape(order.shape[0], plan.chunks, plan.chunk)
@@ -184,15 +184,16 @@ def _ints(plan: Plan, where: Tokens, numbers: Arrays) -> Arrays:
         # The state at a border belongs to the segment of the last token before it; one that nothing is folded into
         # stays that of the first segment.
         border = padded[:, plan.chunk - 1 : total - 1 : plan.chunk] if plan.linear else padded[:, : plan.chunks - 1] * 0
-        border = jnp.maximum(border, where.first[:, None]).T
-        steps["before"] = jnp.concatenate([where.first[None], border])
-        steps["after"] = jnp.concatenate([border, where.last[None]])
+        border = jnp.maximum(border, first[:, None]).T
+        steps["before"] = jnp.concatenate([first[None], border])
+        steps["after"] = jnp.concatenate([border, last[None]])
     return {"steps": steps, "whole": whole}
 
 
-def _alive(x: jax.Array, live: jax.Array | None) -> jax.Array:
-    """Select, do not multiply: what inert tokens hold, NaN included, ends here, and so do their cotangents."""
-    return x if live is None else jnp.where(live[:, :, None, None], x, jnp.zeros((), x.dtype))
+def _alive(x: jax.Array, live: jax.Array | None, at: int = 0) -> jax.Array:
+    """`x` at the tokens `live[:, at:]`, 0 elsewhere. Select, do not multiply: what inert tokens hold, NaN included,
+    ends here, and so do their cotangents."""
+    return x if live is None else jnp.where(live[:, at:, None, None], x, jnp.zeros((), x.dtype))
 
 
 def _pad_tokens(x: jax.Array, left: int, right: int) -> jax.Array:

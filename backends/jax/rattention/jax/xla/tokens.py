@@ -11,6 +11,20 @@ import jax
 import jax.numpy as jnp
 
 
+class Segments(NamedTuple):
+    """Packed documents.
+
+    Attributes:
+        order: `[B, prefix + T]`, number of the segment, growing along the row; padding has that of the segment
+            before it, 0 before the first.
+        first, last: `[B]`, `order` of the first and last segment.
+    """
+
+    order: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+
 class Tokens(NamedTuple):
     """The tokens of one call, on the common axis of `Plan`: prefix slots, then the T new tokens.
 
@@ -21,9 +35,7 @@ class Tokens(NamedTuple):
         start: `[B or 1]`, index of the first slot that exists.
         end: `[B or 1]`, tokens at an index below it leave the window and enter the state (RLA-6).
         positions: `[B or 1, N]`.
-        order: `[B, prefix + T]`, number of the segment, growing along the row; padding has that of the segment
-            before it, 0 before the first. None without segments.
-        first, last: `[B]`, `order` of the first and last segment. None without segments.
+        segments: None without `segment_ids`.
     """
 
     prefix: int
@@ -31,9 +43,7 @@ class Tokens(NamedTuple):
     start: jax.Array
     end: jax.Array
     positions: jax.Array
-    order: jax.Array | None = None
-    first: jax.Array | None = None
-    last: jax.Array | None = None
+    segments: Segments | None = None
 
 
 def of_forward(tokens: int, prefix: int, segment_ids: jax.Array | None) -> Tokens:
@@ -53,7 +63,7 @@ def of_forward(tokens: int, prefix: int, segment_ids: jax.Array | None) -> Token
     end = jnp.max(jnp.where(live, index + 1, 0), axis=1, initial=0)
     positions = index - jnp.maximum(order - 1, 0)
     order = jnp.pad(order, ((0, 0), (prefix, 0)))
-    return Tokens(prefix, live, start, end, positions, order, first, jnp.maximum(last, first))
+    return Tokens(prefix, live, start, end, positions, Segments(order, first, jnp.maximum(last, first)))
 
 
 def of_extend(slots: int, tokens: int, cache_length: jax.Array, lengths: jax.Array | None) -> Tokens:
