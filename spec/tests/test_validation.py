@@ -448,6 +448,15 @@ def test_bad_inputs_name_known_operations_tensors_attributes_and_clauses():
             assert any(b.name in op.attribute for op in SPEC.operations.values())
 
 
+def test_capabilities_name_optional_tensors_or_the_cache():
+    tensors = {t.name for op in SPEC.operations.values() for t in op.tensors}
+    for capability, needed in SPEC.capabilities.items():
+        assert set(needed) <= tensors, capability
+    optional = {t.name for op in SPEC.operations.values() for t in op.tensors if t.optional and t.name[:2] != "d_"}
+    assert optional <= {t for needed in SPEC.capabilities.values() for t in needed}
+    assert SPEC.needs(["q", "k", "v", "rope_cos", "rope_sin", "lengths"]) == {"rope", "lengths"}
+
+
 def test_errors_survive_pickling():
     error = SpecError("rattention", "k", "a", "b", "ERR-3")
     again = pickle.loads(pickle.dumps(error))
