@@ -35,7 +35,7 @@ class Adapter:
             "spec_version": spec.version,
             "operations": list(spec.operations),
             "dtypes": list(spec.storage_dtypes),
-            "capabilities": ["segments", "padding", "cache", "memory", "initial_state", "rotary", "gradients"],
+            "capabilities": list(spec.capabilities),
             "tile_sizes": {"T": list(CHUNKS), "window": list(CHUNKS), "D": []},
             "limits": {},
         }
