@@ -7,10 +7,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import torch
 from rattention.spec import Call, Result, load, validate
 from rattention.torch.eager.operations import EAGER
-
-import torch
 from torch import Tensor
 
 VERSION = "0.1.0"

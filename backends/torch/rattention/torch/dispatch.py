@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 
 from rattention.spec import Unsupported
 from rattention.torch.eager.operations import EAGER
-
 from torch import Tensor
 
 Implementation = Mapping[str, Callable[..., tuple[Tensor, ...]]]

@@ -21,11 +21,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from rattention.torch.arguments import check, reduced
 from rattention.torch.cache import Cache
 from rattention.torch.dispatch import choose
-
-import torch
 from torch import Tensor
 
 

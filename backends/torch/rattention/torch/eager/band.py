@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from rattention.torch.eager.batching import merge_into_heads
 from rattention.torch.eager.chunks import band_chunk, full_precision, heads_at_once, spans
-
-import torch
 from torch import Tensor
 
 NEG_INF = float("-inf")

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from rattention.torch.eager.band import band_attention
 from rattention.torch.eager.documents import Documents, documents
 from rattention.torch.eager.layout import compute_dtype, keep, key_heads, per_head, public, query_heads
 from rattention.torch.eager.maps import mix, phi, rotary_table, rotate, table_rows
 from rattention.torch.eager.scan import Groups, linear_scan
-
-import torch
 from torch import Tensor
 
 Table = tuple[Tensor, Tensor] | None

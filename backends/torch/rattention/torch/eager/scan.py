@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from rattention.torch.eager.batching import merge_into_heads
 from rattention.torch.eager.chunks import full_precision, heads_at_once, scan_chunk, spans
-
-import torch
 from torch import Tensor
 
 
