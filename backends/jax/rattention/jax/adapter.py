@@ -7,15 +7,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rattention.jax import xla
 from rattention.jax.dispatch import INTEGERS
 from rattention.jax.table import rope_table
 from rattention.jax.xla.plan import CHUNKS
 from rattention.spec import Call, Result, Unsupported, load, validate
-
-import jax
-import jax.numpy as jnp
 
 
 class Adapter:

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from rattention.jax import dispatch
 from rattention.jax.cache import Cache
-
-import jax
 
 
 def rattention(

@@ -16,13 +16,12 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from rattention.jax import xla
-from rattention.spec import Call, SpecError, Unsupported, validate
-
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
+from rattention.jax import xla
+from rattention.spec import Call, SpecError, Unsupported, validate
 
 INTEGERS = ("positions", "segment_ids", "cache_length", "lengths")
 

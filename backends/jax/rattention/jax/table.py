@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from rattention.spec import Unsupported, validate
-
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
+from rattention.spec import Unsupported, validate
 
 
 def rope_table(positions: Any, *, head_dim: int, theta: float = 10000.0) -> tuple[jax.Array, jax.Array]:

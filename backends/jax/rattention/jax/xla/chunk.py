@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rattention.jax.xla.parts import mix, phi
-from rattention.jax.xla.plan import Plan
-
 import jax
 import jax.numpy as jnp
+from rattention.jax.xla.parts import mix, phi
+from rattention.jax.xla.plan import Plan
 
 
 def run_chunk(plan: Plan, state: Any, data: dict[str, Any], ints: dict[str, Any]) -> tuple[Any, jax.Array]:

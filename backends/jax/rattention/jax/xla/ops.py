@@ -9,14 +9,13 @@ import functools
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from rattention.jax.xla import parts
 from rattention.jax.xla.plan import Plan, as_precision, chunk_size
 from rattention.jax.xla.scan import run_chunks
 from rattention.jax.xla.tokens import Tokens, of_extend, of_forward, table_rows
 from rattention.spec import Call
-
-import jax
-import jax.numpy as jnp
 
 Arrays = dict[str, Any]
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from rattention.jax.xla.chunk import run_chunk
-from rattention.jax.xla.plan import Plan
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from rattention.jax.xla.chunk import run_chunk
+from rattention.jax.xla.plan import Plan
 
 Arrays = dict[str, Any]
 
