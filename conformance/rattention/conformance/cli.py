@@ -55,7 +55,7 @@ def conform(
     seed: SeedOption = None,
     report: ReportOption = None,
     vectors: Annotated[list[str] | None, typer.Option(help="cases to run too: a file, a folder or a manifest")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="worker processes; default: 2, fewer on a smaller machine")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="worker processes; default: 2, fewer on a smaller machine")] = 0,
 ) -> None:
     """Hold a backend against the specification."""
     from rattention.conformance.runner import Settings
@@ -133,7 +133,7 @@ def _all(settings: Any, report: Path | None) -> int:
     from rattention.conformance import reporting
 
     names, absent = backends.runnable()
-    for name, reason in absent.items():
+    for reason in absent.values():
         console.print(f"[yellow]cannot run here[/] {escape(reason)}")
     summaries = [_one(name, settings, report / name if report else None) for name in names]
     if report:
@@ -147,7 +147,7 @@ def _all(settings: Any, report: Path | None) -> int:
         table.add_row(
             s["backend"], verdict, *(str(c[k]) for k in ("passed", "failed", "unsupported")), f"{s['seconds']:.1f}"
         )
-    for name, reason in absent.items():
+    for name in absent:
         table.add_row(name, "[yellow]cannot run here[/]", "", "", "", "")
     console.print(table)
     if not summaries:

@@ -10,7 +10,7 @@ import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.judge import Violation, compare
 from rattention.conformance.oracle import Bounds, Oracle, half_ulp
-from rattention.conformance.strategies import Plan, needs
+from rattention.conformance.strategies import Plan
 from rattention.spec import Result, SpecError, Unsupported, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")
@@ -102,7 +102,7 @@ class Context:
         call = validate(op, tensors, attrs)
         if call.storage not in (about.get("dtypes") or ()):
             return f"dtype {call.storage} is not declared"
-        lacking = needs(op, dict(tensors)) - set(about.get("capabilities") or ()) - {"vjp"}
+        lacking = load().needs(tensors) - set(about.get("capabilities") or ())
         if lacking:
             return "capability not declared: " + ", ".join(sorted(lacking))
         for name, bound in dict(about.get("limits") or {}).items():

@@ -183,7 +183,7 @@ def _reorder(name: str, x: np.ndarray, heads: np.ndarray) -> np.ndarray:
 
 
 def diagnose(ctx: Context, case: Case, recipe: Recipe, violations: list[Violation], before: list[Violation]) -> None:
-    """Put the likeliest clauses first in each violation that says no more than "outside the budget", and add a guess."""
+    """Put the likeliest clauses first in each violation that says no more than "outside the budget"; add a guess."""
     plain = [v for v in violations if v.clauses == ("NUM-1",)]
     outputs = {v.output for v in plain if v.output}
     found = explain(ctx, case, outputs) if outputs else None

@@ -12,7 +12,7 @@ MAPS = {"softmax": "FM-1", "relu": "FM-2", "identity": "FM-3"}
 
 
 def exercised(op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Every clause that an agreement with the reference on this call speaks about, in the order of the specification."""
+    """Every clause that agreement with the reference on this call speaks about, in the order of the specification."""
     base = op.removesuffix(".vjp")
     found = {"NUM-1", "BCK-2", "ERR-13"}
     storage = next((str(x.dtype) for x in tensors.values() if x.dtype.kind != "i"), "float32")
@@ -22,6 +22,8 @@ def exercised(op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, An
         return _ordered({"ROPE-1", "ROPE-2", "NUM-1"})
     if base == "feature_map":
         found |= {MAPS[feature_map], "FM-4"} | ({"FM-5"} if feature_map == "softmax" else set())
+    if op.endswith(".vjp") and feature_map == "relu" and base in ("feature_map", "residual_linear_attention"):
+        found.add("FM-6")
     if base == "rms_mix":
         found |= {"MIX-1", "MIX-2"}
     if base in ("sliding_window_attention", "rattention", "rattention_extend"):

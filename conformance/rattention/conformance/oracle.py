@@ -1,4 +1,4 @@
-"""The judge's side of a comparison: reference values and error budgets, remembered while they are likely to be asked again."""
+"""The judge's side of a comparison: reference values and error budgets, remembered while they may be asked again."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Pool:
         return found
 
     def _chunks(self, units: Sequence[Unit]) -> deque[list[Unit]]:
-        """Units that share a compiled program stay together; what is long goes first, so that nobody waits at the end."""
+        """Units that share a compiled program stay together; what is long goes first: nobody waits at the end."""
         groups: dict[Any, list[Unit]] = {}
         for i, unit in enumerate(units):
             key = (unit.recipe.signature,) if self.plan.cost != "direct" else (i // 24,)

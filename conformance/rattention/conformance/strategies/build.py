@@ -191,19 +191,3 @@ def _table_positions(recipe: Recipe) -> np.ndarray:
         "trend": lambda: np.sort(rng.integers(0, 2**17, recipe.T)),
     }
     return kinds.get(recipe.family, lambda: rng.integers(0, 2**13, recipe.T))().astype(np.int32)
-
-
-def needs(op: str, tensors: dict[str, Any]) -> set[str]:
-    """Capabilities that a call draws on, by the names of `describe()["capabilities"]`."""
-    wanted = {
-        "segments": ("segment_ids",),
-        "rope": ("rope_cos",),
-        "positions": ("positions",),
-        "scales": ("q_scale", "k_scale"),
-        "memory": ("memory",),
-        "initial_state": ("initial_state",),
-        "cache": ("cache_k",),
-        "ragged": ("lengths",),
-    }
-    found = {name for name, members in wanted.items() if any(m in tensors for m in members)}
-    return found | ({"vjp"} if op.endswith(".vjp") else set())

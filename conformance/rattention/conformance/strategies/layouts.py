@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 LAYOUTS = ("one", "pair", "tile", "many", "left", "right", "middle", "both", "empty", "mixed")
@@ -44,7 +46,7 @@ def _row(kind: str, T: int, rng: np.random.Generator, tiles: tuple[int, ...]) ->
     # Ids need not grow: 7 then 3 is legal, and the same id may stand in every row.
     ids = rng.permutation(np.arange(1, len(cuts) + 2)) * int(rng.choice([1, 1, 1000]))
     edges = [begin, *cuts.tolist(), end]
-    for i, (a, z) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for i, (a, z) in enumerate(itertools.pairwise(edges)):
         row[a:z] = ids[i]
         if kind == "middle" and i and z - a > 1:
             row[a : a + int(rng.integers(1, z - a))] = 0

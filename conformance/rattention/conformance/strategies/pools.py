@@ -84,7 +84,7 @@ class Plan:
 
 
 def make_plan(profile: str, seed: int, describe: Mapping[str, Any]) -> Plan:
-    """The plan of a run against a backend that describes itself so. What a broken description lacks is taken as empty."""
+    """The plan of a run against a backend that describes itself so; what a broken description lacks is empty."""
     tiles = describe.get("tile_sizes")
     tiles = tiles if isinstance(tiles, Mapping) else {}
     sizes = {str(k): tuple(int(x) for x in v) for k, v in tiles.items() if isinstance(v, list | tuple)}
@@ -211,7 +211,7 @@ def _extend_tokens(plan: Plan, size: str) -> list[int]:
     return {
         "small": [1, 1, 2, 3, 4, 5, 7, 9, 0],
         "medium": [1, 2, 12, 16, 17, 33],
-        "tile": beside(plan.token_tiles() or (16, 32, 64), 1, 70) + [1, 1],
+        "tile": [*beside(plan.token_tiles() or (16, 32, 64), 1, 70), 1, 1],
         "wide": [1, 3, 6],
         "long": [1, 2, 1030] if plan.cost != "interpreted" else [1, 150],
     }[size]

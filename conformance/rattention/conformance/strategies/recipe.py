@@ -18,7 +18,7 @@ class Recipe:
     window, feature_map, scale, eps: attributes (scale None is left out of the call).
     options: the optional tensors that are present, plus "poison": NaN, inf and huge numbers in everything inert, and
         "defaults": attributes equal to their default are left out of the call.
-    family: how values are drawn. layout: how segments lie. fill: how full the caches are. slots: W where window is None.
+    family: how values are drawn. layout: how segments lie. fill: how full caches are. slots: W where window is None.
     weights: dtype of the "weight" class, "float32" or "storage". seed: of the values.
     extra: what else the property needs to know, such as how a sequence is split.
     """

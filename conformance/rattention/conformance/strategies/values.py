@@ -1,4 +1,4 @@
-"""Families of values. Each draws a whole array from a generator; none is the standard normal alone, which hides faults."""
+"""Families of values. Each draws a whole array from a generator: the standard normal alone hides faults."""
 
 from __future__ import annotations
 
