@@ -107,6 +107,13 @@ def bad_inputs(spec: Spec) -> str:
     return table(("id", "clause", "change to a valid call"), rows)
 
 
+def capabilities(spec: Spec) -> str:
+    return table(
+        ("capability", "needed by calls with"),
+        [(f"`{name}`", tick(tensors)) for name, tensors in spec.capabilities.items()],
+    )
+
+
 def operations(spec: Spec) -> str:
     """The table of the contract: every operation with its tensors, attributes and outputs."""
     rows = []
@@ -133,7 +140,7 @@ def render(kind: str, name: str | None, spec: Spec) -> str:
         "outputs": outputs,
         "attributes": attributes,
     }
-    whole: dict[str, Callable[[Spec], str]] = {"vjps": vjps, "bad_inputs": bad_inputs}
+    whole: dict[str, Callable[[Spec], str]] = {"vjps": vjps, "bad_inputs": bad_inputs, "capabilities": capabilities}
     if name is None:
         return whole[kind](spec)
     return per_operation[kind](spec.operations[name])
