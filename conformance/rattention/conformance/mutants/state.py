@@ -152,7 +152,7 @@ class CarriedStateReadLate(Form):
     """Queries with no token behind their window do not read the carried state."""
 
     def carried(self):
-        return super().carried() & self.far().any(-1)[:, None, None, :, None]
+        return super().carried() & np.any(self.far(), -1)[:, None, None, :, None]
 
 
 @plant("RLA-4", "state", "rationale: a state scaled by the softmax temperature")
@@ -179,7 +179,7 @@ class MemoryReadLate(Form):
         out = super().far_branch()
         if self.memory is None:
             return out
-        late = ~self.far().any(-1)[:, None, None, :, None]
+        late = ~np.any(self.far(), -1)[:, None, None, :, None]
         return out - np.where(late, self.fq @ self.memory[None], 0)
 
 
@@ -247,7 +247,7 @@ class EmptyLinearRowLeaks(Form):
         out = super().far_branch()
         if self.state is not None or self.memory is not None:
             return out
-        empty = ~self.far().any(-1)[:, None, None, :, None]
+        empty = ~np.any(self.far(), -1)[:, None, None, :, None]
         return out + np.where(empty, 1e-3 * self.v[:, :, None, self.plan.slots :], 0)
 
 

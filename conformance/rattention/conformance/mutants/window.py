@@ -83,7 +83,7 @@ class EmptyRowIsUniform(Form):
 
     def softmax(self, scores, mask):
         p = super().softmax(scores, mask)
-        return np.where(mask.any(-1)[:, None, None, :, None], p, np.float32(1 / max(scores.shape[-1], 1)))
+        return np.where(np.any(mask, -1)[:, None, None, :, None], p, np.float32(1 / max(scores.shape[-1], 1)))
 
 
 @plant("SWA-5", "window", "TRAPS 9")
@@ -91,7 +91,7 @@ class EmptyRowIsNan(Form):
     """A row without keys divides zero by zero."""
 
     def softmax(self, scores, mask):
-        return np.where(mask.any(-1)[:, None, None, :, None], super().softmax(scores, mask), np.nan)
+        return np.where(np.any(mask, -1)[:, None, None, :, None], super().softmax(scores, mask), np.nan)
 
 
 @plant("RLA-1", "window", "TRAPS 1: the exclusive variant of linear attention")

@@ -1,7 +1,7 @@
 """The `onnx` backend: each call as a graph of standard operators, run by the onnx package's reference evaluator.
 
-An oracle from outside: the softmax branch, the linear recurrence, the norms and the rotation are the evaluator's, written
-by other people from another specification. Gradients have no ONNX form and are refused.
+An oracle from outside: the softmax branch, the linear recurrence, the norms and the rotation are the evaluator's,
+written by other people from another specification. Gradients have no ONNX form and are refused.
 """
 
 from __future__ import annotations

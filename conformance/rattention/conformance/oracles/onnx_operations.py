@@ -241,7 +241,9 @@ class _Sequence:
         if "memory" in t:
             memory = g.heads_first(g("MatMul", g.heads_first(fq), t["memory"]))
             out = g("Add", out, memory)
-        return out, self.folded(fk, state) if self.extends and w is not None else after
+        if self.extends and w is not None:
+            after = self.folded(fk, t["cache_state"])
+        return out, after
 
     def delayed(self, x: str, pads: list[int]) -> str:
         """w + 1 steps later, one step longer: [B, N, ..] -> [B, N + 1, ..]."""
