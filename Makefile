@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 ROOTS := spec:backends/numpy:backends/torch:backends/jax:conformance
 JOBS ?= 2
 
-.PHONY: help conform test lint docs bench gpu clean
+.PHONY: help conform test lint docs bench gpu vectors clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +24,10 @@ lint: $(STAMP) ## ruff and pyright
 
 bench: $(STAMP) ## CPU ratios, written to benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/cpu.py
+
+vectors: $(STAMP) ## capture the activations of spec/vectors again
+	$(BIN)/pip install --quiet -e '.[vectors]'
+	HF_HUB_OFFLINE=1 $(BIN)/python spec/vectors/capture.py
 
 clean: ## remove what the other targets made
 	rm -rf .venv report site build dist
