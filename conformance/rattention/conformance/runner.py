@@ -91,7 +91,7 @@ def conform(
     local = backend is not None
     backend = backend if local else backends.resolve(target)
     about = backends.describe(backend, target)
-    plan = make_plan(settings.profile, settings.seed, about)
+    plan = make_plan(settings.profile, settings.seed, about, settings.vectors)
     units = plan_units(plan, settings)
     outcome = Outcome(target, about, settings)
     if local or settings.workers <= 0:

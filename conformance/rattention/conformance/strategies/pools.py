@@ -60,6 +60,7 @@ class Plan:
     dtypes: tuple[str, ...] = DTYPES
     operations: tuple[str, ...] = ()
     tiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    vectors: tuple[str, ...] = ()
 
     def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
         """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""
@@ -83,13 +84,13 @@ class Plan:
         return tuple(self.tiles.get("T", ()))
 
 
-def make_plan(profile: str, seed: int, describe: Mapping[str, Any]) -> Plan:
+def make_plan(profile: str, seed: int, describe: Mapping[str, Any], vectors: tuple[str, ...] = ()) -> Plan:
     """The plan of a run against a backend that describes itself so; what a broken description lacks is empty."""
     tiles = describe.get("tile_sizes")
     tiles = tiles if isinstance(tiles, Mapping) else {}
     sizes = {str(k): tuple(int(x) for x in v) for k, v in tiles.items() if isinstance(v, list | tuple)}
     cost = describe.get("cost") or BY_NAME.get(str(describe.get("name")), "direct")
-    return Plan(profile, seed, cost if cost in COSTS else "direct", tiles=sizes)
+    return Plan(profile, seed, cost if cost in COSTS else "direct", tiles=sizes, vectors=vectors)
 
 
 def beside(values: Sequence[int], low: int, high: int) -> list[int]:
