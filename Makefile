@@ -6,7 +6,7 @@ DOCS_STAMP := .venv/.docs
 ROOTS := spec:backends/numpy:backends/torch:backends/jax:conformance
 JOBS ?= 2
 
-.PHONY: help conform test lint docs bench gpu clean
+.PHONY: help conform test lint docs bench gpu vectors clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,10 @@ bench: $(STAMP) ## CPU ratios, written to benchmarks/results/cpu.json
 
 docs: $(DOCS_STAMP) ## the site, into site/; warnings are errors
 	PYTHONPATH=spec $(BIN)/python docs/build.py site
+
+vectors: $(STAMP) ## capture the activations of spec/vectors again
+	$(BIN)/pip install --quiet -e '.[vectors]'
+	HF_HUB_OFFLINE=1 $(BIN)/python spec/vectors/capture.py
 
 clean: ## remove what the other targets made
 	rm -rf .venv report site build dist
