@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs
 ROOTS := spec:backends/numpy:backends/torch:backends/jax:conformance
 JOBS ?= 2
 
@@ -25,6 +26,9 @@ lint: $(STAMP) ## ruff and pyright
 bench: $(STAMP) ## CPU ratios, written to benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/cpu.py
 
+docs: $(DOCS_STAMP) ## the site, into site/; warnings are errors
+	PYTHONPATH=spec $(BIN)/python docs/build.py site
+
 vectors: $(STAMP) ## capture the activations of spec/vectors again
 	$(BIN)/pip install --quiet -e '.[vectors]'
 	HF_HUB_OFFLINE=1 $(BIN)/python spec/vectors/capture.py
@@ -35,4 +39,9 @@ clean: ## remove what the other targets made
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e '.[torch,jax,conformance,onnx,dev,pinned]'
+	touch $@
+
+$(DOCS_STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e '.[docs]'
 	touch $@
