@@ -65,5 +65,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         text = load().clauses[row.clause].replace("|", "\\|")
         names = ", ".join(f"`{name}`" for name in row.killed[:6]) + (", ..." if len(row.killed) > 6 else "")
-        lines.append(f"| {row.clause} | {text} | {row.passed} | {len(row.killed)}: {names} | {', '.join(row.backends)} |")
+        lines.append(
+            f"| {row.clause} | {text} | {row.passed} | {len(row.killed)}: {names} | {', '.join(row.backends)} |"
+        )
     return "\n".join(lines) + "\n"
