@@ -1,4 +1,4 @@
-"""The both-ways rule: each clause has a mutant that a test of the clause kills, and a conforming run that exercises it."""
+"""The both-ways rule: each clause has a mutant that a test of it kills, and a conforming run that exercises it."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Deck:
         return case
 
     def order(self, mutant: Mutant) -> list[int]:
-        """Indices of the cases, those that check the mutant's clauses first; small before large, unless size matters."""
+        """Indices of the cases: those that check its clauses first, and small before large unless size matters."""
         first, others = mutant.clauses[0], set(mutant.clauses[1:])
         sign = -1 if mutant.kind == "past size" else 1
 
