@@ -48,7 +48,7 @@ def relink(text: str, page: Path, pages: set[Path]) -> str:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
             return m[0] if image else f"{{download}}`{label.strip('`')} <{target}>`"
-        return label
+        return str(label)
 
     parts = FENCE.split(text)
     return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
