@@ -151,7 +151,7 @@ class _Sequence:
     # -------------------------------------------------------------------------------------------- softmax branch
 
     def rotated(self, x: str, rows: str) -> str:
-        """ROPE-3 on [B, H, T, D]. The operator wants a row per token, also where inert ones read none: zeros are added."""
+        """ROPE-3 on [B, H, T, D]. The operator wants a row per token, so zeros are added for inert ones."""
         g, t = self.g, self.t
         if "rope_cos" not in t:
             return x
