@@ -471,3 +471,88 @@ static void rms_mix_op(Tensors *in, Tensors *out, const Attributes *a) {
       y->x[i * Dv + e] = ws->x[i % H * Dv + e] * (s[e] * rs) + wr->x[i % H * Dv + e] * (r[e] * rr);
   }
 }
+
+/* ------------------------------------------------------------------------------------------------ protocol */
+
+static const char *const DESCRIBE =
+    "{\"reply\":\"describe\",\"protocol\":1,\"describe\":{"
+    "\"name\":\"c-scalar\",\"version\":\"1\",\"spec_version\":\"1.0.0-draft.1\","
+    "\"operations\":[\"feature_map\",\"sliding_window_attention\",\"residual_linear_attention\",\"rms_mix\",\"rattention\",\"rattention_extend\"],"
+    "\"dtypes\":[\"float32\",\"bfloat16\",\"float16\"],"
+    "\"capabilities\":[\"rope\",\"positions\",\"segments\",\"scales\",\"memory\",\"initial_state\",\"cache\",\"lengths\"],"
+    "\"tile_sizes\":{\"T\":[],\"window\":[],\"D\":[]},\"limits\":{}}}";
+
+static void print_string(const char *text) {
+  putchar('"');
+  for (; *text; text++) {
+    if (*text == '"' || *text == '\\') putchar('\\'), putchar(*text);
+    else if ((unsigned char)*text < 32) printf("\\u%04x", *text);
+    else putchar(*text);
+  }
+  putchar('"');
+}
+
+static Attributes attributes_of(Json *j) {
+  Attributes a = {0, SOFTMAX, 0, 1e-6f, 0};
+  Json *window = member(j, "window"), *scale = member(j, "scale"), *eps = member(j, "eps");
+  const char *map = string_of(j, "feature_map");
+  a.window = window && window->kind == NUMBER ? (long)window->number : NONE;
+  if (scale && scale->kind == NUMBER) a.scale = (float)scale->number, a.has_scale = 1;
+  if (eps) a.eps = (float)eps->number;
+  a.map = !strcmp(map, "relu") ? RELU : !strcmp(map, "identity") ? IDENTITY : SOFTMAX;
+  return a;
+}
+
+/* One call: NULL, or a reason why the reply is `unsupported`. */
+static const char *run(Json *request, Tensors *in, Tensors *out) {
+  const char *op = string_of(request, "op");
+  Attributes a = attributes_of(member(request, "attrs"));
+  if (!strcmp(op, "feature_map")) feature_map_op(in, out, &a);
+  else if (!strcmp(op, "rms_mix")) rms_mix_op(in, out, &a);
+  else if (!strcmp(op, "sliding_window_attention")) attention(in, out, &a, 1, 0, 0);
+  else if (!strcmp(op, "residual_linear_attention")) attention(in, out, &a, 0, 1, 0);
+  else if (!strcmp(op, "rattention")) attention(in, out, &a, 1, 1, 0);
+  else if (!strcmp(op, "rattention_extend")) attention(in, out, &a, 1, 1, 1);
+  else return "the operation is not part of this port";
+  return NULL;
+}
+
+static char *read_line(void) {
+  size_t size = 4096, length = 0;
+  char *line = need(size);
+  while (fgets(line + length, (int)(size - length), stdin)) {
+    length += strlen(line + length);
+    if (length && line[length - 1] == '\n') return line;
+    if (!(line = realloc(line, size *= 2))) exit(1);
+  }
+  free(line);
+  return NULL;
+}
+
+int main(void) {
+  char *line;
+  while ((line = read_line())) {
+    Json *request = read_json(line);
+    const char *command = string_of(request, "cmd");
+    if (!strcmp(command, "stop")) return 0;
+    if (!strcmp(command, "start")) puts(DESCRIBE);
+    else if (!strcmp(command, "run")) {
+      static Tensors in, out;
+      long id = member(request, "id") ? (long)member(request, "id")->number : 0;
+      const char *fault = load(string_of(request, "tensors"), &in), *reason = NULL;
+      if (!fault && !(reason = run(request, &in, &out))) fault = save(string_of(request, "outputs"), &out);
+      if (fault || reason) {
+        printf("{\"reply\":\"%s\",\"id\":%ld,\"%s\":", fault ? "error" : "unsupported", id, fault ? "message" : "reason");
+        print_string(fault ? fault : reason);
+        puts("}");
+      } else printf("{\"reply\":\"result\",\"id\":%ld,\"metadata\":{\"path\":\"scalar\",\"kernels\":[]}}\n", id);
+      release(&in), release(&out);
+    } else {
+      printf("{\"reply\":\"error\",\"message\":\"unknown command\"}\n");
+    }
+    fflush(stdout);
+    discard(request);
+    free(line);
+  }
+  return 0;
+}
