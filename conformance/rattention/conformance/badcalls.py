@@ -1,4 +1,4 @@
-"""Bad calls, built from operations.toml: a valid call with one change, which every backend refuses in the same words."""
+"""Bad calls, built from operations.toml: a valid call with one change, which all backends refuse in the same words."""
 
 from __future__ import annotations
 

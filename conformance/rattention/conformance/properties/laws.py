@@ -175,7 +175,7 @@ def check_forward(ctx: Context, case: Case) -> list[Violation]:
 
 
 def _draw_packing(plan: Plan) -> Iterator[Recipe]:
-    counts = {"small": (3, 15, 0.15), "medium": (1, 6, 0.17), "tile": (0, 2, 0.5)}
+    counts = {"small": (3, 12, 0.17), "medium": (0, 3, 0.34), "tile": (0, 1, 1.0)}
     for base in ("sliding_window_attention", "residual_linear_attention", "rattention"):
         for op in (base, f"{base}.vjp"):
             if not plan.has(op):

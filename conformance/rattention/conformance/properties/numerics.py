@@ -153,8 +153,10 @@ def check_nan(ctx: Context, case: Case) -> list[Violation]:
         if name not in got or value.dtype.kind == "i":
             continue
         must = np.isnan(value)
-        if name == "out" and not case.is_vjp:
+        if name == "out":
             must |= _reached(case, value.shape)
+        elif case.base_op in OPS:
+            must &= _concerned(case, name, value.shape)
         hidden = must & ~np.isnan(got[name].astype(np.float64))
         if hidden.any():
             at = tuple(int(i) for i in np.argwhere(hidden)[0])
@@ -189,6 +191,38 @@ def _reached(case: Case, shape: tuple[int, ...]) -> np.ndarray:
     else:
         must[b, where, heads] = True
     return must
+
+
+def _concerned(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Where the NaN of an output can be demanded: an element that no live query ties to the NaN may be a clean 0.
+
+    A state holds whatever was folded into it; gradients are demanded of the queries and tokens that met the NaN.
+    """
+    some = np.zeros(shape, bool)
+    tensor, (b, t, _, _) = case.params["tensor"], case.params["at"]
+    who = reads(case.tensors, case.attrs["window"])
+    if not case.is_vjp:
+        W = case.tensors["cache_k"].shape[1] if "cache_k" in case.tensors else 0
+        token = t if tensor.startswith("cache_") else W + t
+        some[b] = tensor not in ("q", "d_out") and (
+            name.startswith("cache_k") or name.startswith("cache_v") or bool(who.folded[b, token])
+        )
+        return some
+    either = who.softmax | who.linear
+    W = case.tensors["cache_k"].shape[1] if "cache_k" in case.tensors else 0
+    if tensor in ("q", "d_out"):
+        tokens, queries = either[b, t], np.arange(shape[1] if len(shape) == 4 else 0) == t
+    else:
+        token = t if tensor.startswith("cache_") else W + t
+        queries = either[b, :, token]
+        tokens = (np.arange(either.shape[2]) == token) & queries.any()
+    if name == "d_q":
+        some[b, queries & either[b].any(-1)] = True
+    elif name in ("d_k", "d_v"):
+        some[b, tokens[W:]] = True
+    elif name in ("d_cache_k", "d_cache_v"):
+        some[b, tokens[:W]] = True
+    return some
 
 
 # ---------------------------------------------------------------------------------------------- extremes
