@@ -204,9 +204,7 @@ def _concerned(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if not case.is_vjp:
         W = case.tensors["cache_k"].shape[1] if "cache_k" in case.tensors else 0
         token = t if tensor.startswith("cache_") else W + t
-        some[b] = tensor not in ("q", "d_out") and (
-            name.startswith("cache_k") or name.startswith("cache_v") or bool(who.folded[b, token])
-        )
+        some[b] = tensor not in ("q", "d_out") and (name in ("cache_k", "cache_v") or bool(who.folded[b, token]))
         return some
     either = who.softmax | who.linear
     W = case.tensors["cache_k"].shape[1] if "cache_k" in case.tensors else 0
