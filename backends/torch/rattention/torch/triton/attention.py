@@ -63,6 +63,21 @@ def behind_window(t, s, i, w):
 
 
 @triton.jit
+def tile_borders(t0, end, w, N, BN: tl.constexpr, SOFT: tl.constexpr, LINEAR: tl.constexpr):
+    """Where the key tiles of queries t0 .. end-1 change kind: [saved, border) residue only, [border, inner) both,
+    [inner, end) window only. `saved` is the border p_c whose state is read."""
+    saved = 0
+    border = (tl.maximum(t0 - w, 0) // BN) * BN
+    inner = border
+    if LINEAR:
+        saved = (tl.maximum(t0 - tl.maximum(w, 0), 0) // N) * N
+        inner = tl.cdiv(tl.maximum(end - 1 - w, 0), BN) * BN
+        if not SOFT:
+            border = inner
+    return saved, border, inner
+
+
+@triton.jit
 def softmax_step(logits, v, m, l, acc, NARROW: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of online softmax. A row that has met no key yet keeps m = -inf, l = 0."""
     top = tl.maximum(m, tl.max(logits, axis=1))
@@ -152,15 +167,7 @@ def attend(
     keys = tl.arange(0, BN)
 
     # -------------------------------------------------------------- tiles: [older | border | inner | own]
-    saved = 0
-    border = 0
-    inner = 0
-    if LINEAR:
-        saved = (tl.maximum(t0 - tl.maximum(w, 0), 0) // N) * N
-        border = (tl.maximum(t0 - w, 0) // BN) * BN
-        inner = tl.cdiv(tl.maximum(end - 1 - w, 0), BN) * BN
-    if not SOFT:
-        border = inner
+    saved, border, inner = tile_borders(t0, end, w, N, BN, SOFT, LINEAR)
 
     acc_l = tl.zeros([R, DVP], tl.float32)
     if LINEAR or HAS_STATES or HAS_MEMORY:
@@ -207,7 +214,7 @@ def attend(
                     kt = load_blocks(r_at + at * sr_t, keys * sr_t, real, D, DB, ND)
                 logits = tl.where(in_window(t, s, n, w), scores(qr, kt, scale_log2, ND, NARROW, PRECISION), -float("inf"))
                 m, l, acc_s = softmax_step(logits, vt, m, l, acc_s, NARROW, PRECISION)
-        inner = tl.maximum(tl.maximum(inner, oldest), (tl.maximum(t0 - w, 0) // BN) * BN)
+        inner = tl.maximum(inner, oldest)
         own = inner
         if not HAS_SEGMENTS:
             if LINEAR:  # every tile from `inner` up to the diagonal lies in the window of all rows

@@ -134,8 +134,14 @@ class Plan:
         return 0 if self.window is None else max(self.Tk - max(self.window, 0), 0)
 
     @property
-    def has_states(self) -> bool:
-        return self.mode != "soft" and (self.linear or self.initial_state is not None)
+    def reads_states(self) -> bool:
+        """Whether some query may read a saved state that is not zero."""
+        return self.mode != "soft" and (self.initial_state is not None or (self.linear and self.chunks > 1))
+
+    @property
+    def state_block(self) -> int:
+        """Elements of the state that one program carries."""
+        return min(self.config.elements, power_of_two(self.F * self.Dv))
 
     def heads(self, rows: int, memory: bool) -> int:
         """Query heads packed into one row tile. The memory is one matrix per query head: its rows stand alone."""
@@ -208,14 +214,14 @@ class Plan:
         out = torch.empty((self.B, H, chunks, self.F, self.Dv), dtype=torch.float32, device=x.device)
         tile = self.config.states
         G = x.shape[2] // H
-        GP = power_of_two(G, 1)
+        GP = power_of_two(G, 1)  # one tile of the sum holds all heads of the group
         DVB = min(self.DVP, self.config.values)
         start, first, last, fold_end = self.segments
         launch(
             local_states, triton.cdiv(self.Dv, DVB) * chunks * H * self.B,
             x, y, scale, start, first, last, fold_end, out, *x.stride()[:3], *y.stride()[:3],
             self.Tk, 0 if mode == "keys" else self.offset, self.w, self.fold_end, chunk, chunks, H, G,
-            **self.shape, DVB=DVB, GP=GP, BN=max(16, tile.keys // GP) if GP * 16 > tile.keys else tile.keys // GP,
+            **self.shape, DVB=DVB, GP=GP, BN=max(1, tile.keys // GP),
             MAP=self.feature_map, MODE=mode, HAS_SCALE=scale is not None, HAS_SEGMENTS=self.rows is not None,
             WIDE=self.precision["WIDE"], PRECISION=self.precision["WIDE_PRECISION"],
             warps=tile.warps, stages=tile.stages,
@@ -227,15 +233,15 @@ class Plan:
         shape = (self.B, self.Hkv, self.F, self.Dv)
         if self.mode == "soft":
             return None, torch.empty(0, dtype=torch.float32, device=self.q.device)
-        if not self.has_states or self.empty:
-            none = self.initial_state
-            zero = torch.zeros(shape, dtype=torch.float32, device=self.q.device)
-            return None, zero if none is None else zero + none
+        if self.empty or not (self.linear or self.initial_state is not None):
+            if self.initial_state is not None:
+                return None, self.initial_state.clone()
+            return None, torch.zeros(shape, dtype=torch.float32, device=self.q.device)
         local = self.local_sums(self.k, self.v, self.k_scale, "keys", self.Hkv, self.config.chunk, self.chunks)
         states = torch.empty(local.shape, dtype=self.wide_dtype, device=self.q.device)
         final = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         size = self.F * self.Dv
-        block = min(self.config.elements, power_of_two(size))
+        block = self.state_block
         launch(
             carry_states, triton.cdiv(size, block) * self.B * self.Hkv,
             local, self.initial_state, *self.segments, states, final,
@@ -243,4 +249,4 @@ class Plan:
             BE=block, HAS_INITIAL=self.initial_state is not None, HAS_SEGMENTS=self.rows is not None,
             warps=4, stages=2,
         )  # fmt: skip
-        return states, final
+        return states if self.reads_states else None, final
