@@ -21,8 +21,11 @@ MEMORY_CHUNK = 2048
 """Queries summed by one program for the gradient of the memory."""
 
 
-def backward(plan: Plan, stats: Tensor, d_out: Tensor, d_final: Tensor | None) -> dict[str, Tensor]:
-    """Gradients of every differentiable input that the plan has, by name, in the dtype and shape of the input."""
+def backward(
+    plan: Plan, stats: Tensor, d_out: Tensor, d_final: Tensor | None, key_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Gradients of every differentiable input that the plan has, by name, in the dtype and shape of the input; those of
+    k and v in `key_dtype` where more is to be added to them before they are rounded (GRAD-3)."""
     p = plan
     gradients: dict[str, Tensor] = {}
     if p.B == 0 or p.Tk == 0 or p.Tq == 0:
@@ -108,7 +111,8 @@ def backward(plan: Plan, stats: Tensor, d_out: Tensor, d_final: Tensor | None) -
     tile = p.config.key_grad
     HP = p.heads(tile.rows, False)
     tiles = triton.cdiv(p.Tk, tile.keys)
-    dk, dv = empty(*p.k.shape, dtype=p.k.dtype), empty(*p.v.shape, dtype=p.v.dtype)
+    key_dtype = key_dtype or p.k.dtype
+    dk, dv = empty(*p.k.shape, dtype=key_dtype), empty(*p.v.shape, dtype=key_dtype)
     d_k_scale = empty(p.B * p.Hkv * tiles, p.D) if p.k_scale is not None and p.linear else None
     rotated = p.q if qr is None else qr
     launch(

@@ -30,6 +30,7 @@ class Config:
     query_grad: Tile
     key_grad: Tile
     states: Tile
+    decode: Tile = Tile(16, 64, 4, 3)
     values: int = 64
     chunk: int = 256
     elements: int = 512
@@ -40,6 +41,7 @@ INTERPRETER = Config(
     query_grad=Tile(64, 32, 1, 1),
     key_grad=Tile(64, 32, 1, 1),
     states=Tile(64, 32, 1, 1),
+    decode=Tile(16, 32, 1, 1),
     values=256,
     chunk=64,
     elements=65536,
@@ -68,15 +70,15 @@ def config_for(kind: str, D: int, Dv: int, dtype: torch.dtype) -> Config:
     narrow = dtype == torch.bfloat16
     if narrow:
         table = {
-            64: Config(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), 64, 256),
-            128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2), 64, 256),
-            256: Config(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), 32, 256),
+            64: Config(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), values=64),
+            128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2), values=64),
+            256: Config(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), values=32),
         }
     else:
         table = {
-            64: Config(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), 32, 256),
-            128: Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), 32, 256),
-            256: Config(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), 16, 256),
+            64: Config(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), values=32),
+            128: Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), values=32),
+            256: Config(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), values=16),
         }
     chosen = table[size]
     if amd:

@@ -79,6 +79,8 @@ class Plan:
     eps: float
     mode: str
     """"mix", "soft" or "linear": what the call returns."""
+    reduced: bool = False
+    """Whether float32 products may run in TF32."""
     swa_weight: Tensor | None = None
     rla_weight: Tensor | None = None
     rope_cos: Tensor | None = None
@@ -160,11 +162,13 @@ class Plan:
         exact = storage == tl.float32
         # TF32 has float16's mantissa; where the matrix units have no TF32, three bfloat16 products hold more.
         tf32 = "bf16x3" if target_kind(self.q).startswith("gfx") else "tf32"
+        # What is not float32 has no precision to choose; "ieee" stands for it on every target.
+        reduced = tf32 if self.reduced and exact else "ieee"
         return {
             "NARROW": storage,
             "WIDE": wide,
-            "PRECISION": "ieee" if exact else "tf32" if tf32 == "tf32" else "ieee",
-            "WIDE_PRECISION": tf32 if storage == tl.float16 else "ieee" if exact or tf32 != "tf32" else "tf32",
+            "PRECISION": reduced,
+            "WIDE_PRECISION": tf32 if storage == tl.float16 else reduced,
         }
 
     @property

@@ -11,6 +11,25 @@ from rattention.torch.triton.tiles import column, load_blocks, long, store_block
 
 
 @triton.jit
+def rope_table(
+    positions,  # [M] int32
+    frequencies,  # [D/2] float64: theta^(-2j/D)
+    cos, sin,  # [M, D/2] float32
+    M, HALF, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Angles in float64, one rounding (ROPE-2)."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BC)
+    position = tl.load(positions + rows, mask=rows < M, other=0).to(tl.float64)
+    frequency = tl.load(frequencies + cols, mask=cols < HALF, other=0.0)
+    angle = position[:, None] * frequency[None, :]
+    at = long(rows)[:, None] * HALF + cols[None, :]
+    ok = (rows < M)[:, None] & (cols < HALF)[None, :]
+    tl.store(cos + at, tl.cos(angle).to(tl.float32), mask=ok)
+    tl.store(sin + at, tl.sin(angle).to(tl.float32), mask=ok)
+
+
+@triton.jit
 def load_table(table, position, live, j, M, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr):
     """Rows `position` of a table [M, D/2] for block j < ND/2. A live position outside the table reads NaN: it cannot be
     refused without waiting for the device, and must not pass for a number."""
