@@ -1,26 +1,47 @@
+# The two commands: `make conform` and `make test`. Both set up .venv first.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+BIN := .venv/bin
+STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs
+ROOTS := spec:backends/numpy:backends/torch:backends/jax:conformance
+JOBS ?= 2
 
-.PHONY: conform test docs bench gpu lint clean
+.PHONY: help conform test lint docs bench gpu vectors clean
+.DEFAULT_GOAL := help
 
-conform: $(STAMP) ## hold every backend this machine can run against the spec
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+conform: $(STAMP) ## hold every backend that this machine can run against the spec; writes report/
 	$(BIN)/rattention conform all --profile quick --report report
 
-test: $(STAMP) lint ## every test
-	$(BIN)/python -m pytest -n 2
+test: $(STAMP) lint ## lint, type check and every test
+	$(BIN)/python -m pytest -n $(JOBS)
 
-lint: $(STAMP)
+lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+bench: $(STAMP) ## CPU ratios, written to benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/cpu.py
+
+docs: $(DOCS_STAMP) ## the site, into site/; warnings are errors
+	PYTHONPATH=spec $(BIN)/python docs/build.py site
+
+vectors: $(STAMP) ## capture the activations of spec/vectors again
+	$(BIN)/pip install --quiet -e '.[vectors]'
+	HF_HUB_OFFLINE=1 $(BIN)/python spec/vectors/capture.py
+
+clean: ## remove what the other targets made
+	rm -rf .venv report site build dist
+
 $(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e '.[torch,jax,conformance,onnx,dev,pinned]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) report site build dist
+$(DOCS_STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@

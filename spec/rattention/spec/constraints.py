@@ -12,7 +12,7 @@ INT32_MAX = 2**31 - 1
 
 
 def check_shapes(op: str, given: Mapping[str, Any], attrs: Mapping[str, Any], dims: Mapping[str, int]) -> None:
-    """ERR-6 and ERR-7: need names, dtypes and shapes alone."""
+    """ERR-6, ERR-7, and ERR-9 where positions follow from the shapes: need names and shapes alone."""
     if "Hkv" in dims and dims["Hq"] % dims["Hkv"]:
         raise SpecError(op, "q", f"a multiple of Hkv={dims['Hkv']} query heads", f"Hq={dims['Hq']}", "ERR-6")
     if op.startswith("rope_table"):
@@ -24,6 +24,8 @@ def check_shapes(op: str, given: Mapping[str, Any], attrs: Mapping[str, Any], di
         raise SpecError(op, "rope_cos", "an even D to rotate in pairs", f"D={dims['D']}", "ERR-7")
     if "positions" in given and "rope_cos" not in given:
         raise SpecError(op, "positions", "rope_cos and rope_sin beside it", "none", "ERR-7")
+    if "rope_cos" in given and not {"positions", "segment_ids", "cache_length"} & set(given):
+        _rows_for(op, dims["T"] if dims["B"] else 0, dims)
 
 
 def check_values(
@@ -55,7 +57,7 @@ def _rows(
     """ERR-9: every row of the table that a real token reads exists."""
     rows = dims["M"]
     if "positions" in given:
-        if "positions" in host:
+        if "positions" in host and ("segment_ids" in host or "segment_ids" not in given):
             positions = np.asarray(host["positions"])
             live = np.ones_like(positions, bool) if segment_ids is None else np.asarray(segment_ids) != 0
             _range(
@@ -76,12 +78,14 @@ def _rows(
         needed = int(np.max(np.where(new > 0, np.asarray(host["cache_length"], np.int64) + new, 0), initial=0))
     elif segment_ids is not None:
         needed = longest_segment(np.asarray(segment_ids))
-    elif "segment_ids" in given:
+    else:  # no ids: check_shapes has compared T; ids that are not on the host: nobody can
         return
-    else:
-        needed = dims["T"] if dims["B"] else 0
-    if needed > rows:
-        raise SpecError(op, "rope_cos", f"a row for each of {needed} positions", f"M={rows}", "ERR-9")
+    _rows_for(op, needed, dims)
+
+
+def _rows_for(op: str, needed: int, dims: Mapping[str, int]) -> None:
+    if needed > dims["M"]:
+        raise SpecError(op, "rope_cos", f"a row for each of {needed} positions", f"M={dims['M']}", "ERR-9")
 
 
 def longest_segment(segment_ids: np.ndarray) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,12 @@ class Spec:
     operations: dict[str, Operation]
     clauses: dict[str, str]
     bad_inputs: tuple[BadInput, ...]
-    dims: dict[str, int] = field(default_factory=dict)
+    capabilities: dict[str, tuple[str, ...]]
+
+    def needs(self, given: Iterable[str]) -> set[str]:
+        """Names of the capabilities that a call with the tensors `given` calls on (BCK-1)."""
+        names = set(given)
+        return {capability for capability, tensors in self.capabilities.items() if names & set(tensors)}
 
 
 def operations_file() -> Path:
@@ -113,7 +119,8 @@ def load() -> Spec:
         if any(t.differentiable for t in op.tensors):
             operations[f"{name}.vjp"] = vjp_of(op)
     bad: tuple[BadInput, ...] = tuple(_bad_input(b) for b in raw["bad_inputs"])
-    return Spec(raw["spec_version"], tuple(raw["storage_dtypes"]), operations, dict(raw["clauses"]), bad)
+    capabilities = {name: tuple(entry["tensors"]) for name, entry in raw["capabilities"].items()}
+    return Spec(raw["spec_version"], tuple(raw["storage_dtypes"]), operations, dict(raw["clauses"]), bad, capabilities)
 
 
 def vjp_of(op: Operation) -> Operation:

@@ -145,9 +145,9 @@ def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
         raise error
     try:
         number = operator.index(value) if kind == "int" else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise error from None
-    if isinstance(value, str) or not math.isfinite(number):
+    if isinstance(value, str) or (kind != "int" and not math.isfinite(number)):
         raise error
     if spec.minimum is not None and number < spec.minimum:
         raise error

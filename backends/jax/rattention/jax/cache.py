@@ -1,0 +1,50 @@
+"""The cache of a generation: a ring of the last tokens and the state of all before them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Cache(NamedTuple):
+    """What `rattention_extend` carries from call to call. A pytree: pass it through jit, donate it, scan over it.
+
+    With W = max(window, 0) slots (for window None one per token so far):
+
+    Attributes:
+        k: `[B, W, Hkv, D]` keys before rotary embedding, ordered by position, newest last, zeros on the left.
+        v: `[B, W, Hkv, Dv]` values, likewise.
+        state: `[B, Hkv, F, Dv]` float32, the state of all tokens older than the slots.
+        length: `[B]` int32, tokens seen so far in each row.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    state: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        window: int | None,
+        feature_map: str = "softmax",
+        dtype: Any = jnp.float32,
+    ) -> Cache:
+        """A cache that has seen no token."""
+        value_dim = head_dim if value_dim is None else value_dim
+        slots = max(window or 0, 0)
+        features = head_dim if feature_map == "identity" else 2 * head_dim
+        wide = jnp.promote_types(dtype, jnp.float32)
+        return cls(
+            jnp.zeros((batch, slots, num_kv_heads, head_dim), dtype),
+            jnp.zeros((batch, slots, num_kv_heads, value_dim), dtype),
+            jnp.zeros((batch, num_kv_heads, features, value_dim), wide),
+            jnp.zeros((batch,), jnp.int32),
+        )

@@ -1,0 +1,214 @@
+"""The operations as functions of arrays: from the public layout to chunks and back.
+
+`run` is the entry: one compiled program per operation, static attributes, shapes, and set of tensors given.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rattention.jax.xla import parts
+from rattention.jax.xla.plan import Plan, as_precision, chunk_size
+from rattention.jax.xla.scan import run_chunks
+from rattention.jax.xla.tokens import Tokens, of_extend, of_forward, table_rows
+from rattention.spec import Call
+
+Arrays = dict[str, Any]
+
+
+def run(call: Call, tensors: Arrays, precision: object = None) -> Arrays:
+    """Run one validated operation on arrays; returns its outputs by name.
+
+    `scale` and `eps` are operands of the compiled program, not part of it: other values compile nothing.
+    """
+    attrs = call.attributes
+    scale = attrs.get("scale")
+    if scale is None and "D" in call.dims:
+        scale = 1 / math.sqrt(call.dims["D"])
+    return program(
+        call.operation.name,
+        attrs.get("window"),
+        attrs.get("feature_map", "softmax"),
+        as_precision(precision, call.storage),
+        {name: jnp.asarray(t) for name, t in tensors.items() if t is not None},
+        {"scale": scale, "eps": attrs.get("eps", 1e-6)},
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def program(op: str, window: int | None, feature_map: str, precision: Any, tensors: Arrays, numbers: Arrays) -> Arrays:
+    """The traced body of every operation but rope_table, which needs no device."""
+    if op == "feature_map":
+        x = tensors["x"]
+        return {"out": parts.phi(_wide(x), feature_map).astype(x.dtype)}
+    if op == "rms_mix":
+        wide = {k: _wide(t) for k, t in tensors.items()}
+        return {"out": parts.mix(**wide, eps=numbers["eps"]).astype(tensors["swa"].dtype)}
+    if op == "rattention_extend":
+        return _extend(window, feature_map, precision, tensors, numbers)
+    return _forward(op, window, feature_map, precision, tensors, numbers)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """float32, or float64 for float64. Widening once, before both branches, also makes gradients of shared heads and
+    of both branches add up in float32 before their one rounding (GRAD-3)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _forward(op: str, window: int | None, feature_map: str, precision: Any, given: Arrays, numbers: Arrays) -> Arrays:
+    tokens = given["q"].shape[1]
+    if window is not None and window >= max(tokens, 1):
+        window = None  # every token stays inside every window
+    where = of_forward(tokens, max(window or 0, 0), given.get("segment_ids"))
+    if "positions" in given:
+        where = where._replace(positions=given["positions"])
+    q, k, v = (_alive(_wide(given[name]), where.live) for name in "qkv")
+    out, state = _attend(
+        op, window, feature_map, precision, where, q, k, v, given.get("initial_state"), given, numbers
+    )  # fmt: skip
+    outputs = {"out": out.astype(given["q"].dtype)}
+    if op != "sliding_window_attention":
+        outputs["final_state"] = state
+    return outputs
+
+
+def _extend(window: int | None, feature_map: str, precision: Any, given: Arrays, numbers: Arrays) -> Arrays:
+    slots, tokens = given["cache_k"].shape[1], given["q"].shape[1]
+    where = of_extend(slots, tokens, given["cache_length"], given.get("lengths"))
+    stored = {name: _alive(jnp.concatenate([given[f"cache_{name}"], given[name]], axis=1), where.live) for name in "kv"}
+    q = _alive(_wide(given["q"]), where.live, slots)
+    k, v = _wide(stored["k"]), _wide(stored["v"])
+    out, state = _attend(
+        "rattention", window, feature_map, precision, where, q, k, v, given["cache_state"], given, numbers
+    )
+    cache = {f"cache_{name}": _newest(stored[name], slots, tokens, window, given.get("lengths")) for name in "kv"}
+    return {
+        "out": out.astype(given["q"].dtype),
+        **cache,
+        "cache_state": state,
+        "cache_length": given["cache_length"] + given.get("lengths", tokens),
+    }
+
+
+def _newest(x: jax.Array, slots: int, tokens: int, window: int | None, lengths: jax.Array | None) -> jax.Array:
+    """The cache after the call, out of `x [B, slots + tokens, ...]`: right-aligned, newest last (EXT-4)."""
+    if lengths is None:
+        return x if window is None else x[:, tokens:]
+    if window is None:  # slots for every token, those past `lengths` on the left and empty
+        x, size = _pad_tokens(x, tokens, 0), slots + tokens
+    else:
+        size = slots
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=0))(x, lengths)
+
+
+def _attend(
+    op: str, window: int | None, feature_map: str, precision: Any, where: Tokens,
+    q: jax.Array, keys: jax.Array, values: jax.Array, state: jax.Array | None, given: Arrays, numbers: Arrays,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """Both branches: `q [B, T, Hq, D]`, keys and values of the tokens of `where`; out `[B, T, Hq, Dv]`, state."""
+    batch, tokens, heads, dim = q.shape
+    kv_heads, features = keys.shape[2], dim if feature_map == "identity" else 2 * dim
+    wants_linear = op != "sliding_window_attention"
+    if wants_linear and state is None:
+        folded = jnp.zeros((batch, kv_heads, features, values.shape[3]), q.dtype)
+    else:
+        folded = state
+    if tokens == 0 or (not wants_linear and window == -1):  # SWA-5
+        return jnp.zeros((batch, tokens, heads, values.shape[3]), q.dtype), folded
+    size = chunk_size(tokens, window)
+    plan = Plan(
+        prefix=where.prefix,
+        chunk=size,
+        chunks=-(-tokens // size),
+        full=window is None,
+        softmax=op != "residual_linear_attention" and window != -1,
+        linear=wants_linear and window is not None,
+        mix=op == "rattention",
+        inclusive=window == -1,
+        segmented=where.segments is not None,
+        feature_map=feature_map,
+        precision=precision,
+    )
+    chunked: Arrays = {}
+    windowed: Arrays = {"v": _key_layout(values, plan, tokens)}
+    params: Arrays = {}
+    if plan.softmax:
+        rotated_q, rotated_k = q, keys
+        if "rope_cos" in given:
+            table = [table_rows(_wide(given[n]), where.positions, where.live) for n in ("rope_cos", "rope_sin")]
+            rotated_q = parts.rotate(q, *(t[:, -tokens:] for t in table))
+            rotated_k = parts.rotate(keys, *table)
+        chunked["qs"] = _query_layout(rotated_q * jnp.asarray(numbers["scale"], q.dtype), plan, kv_heads)
+        windowed["ks"] = _key_layout(rotated_k, plan, tokens)
+    if wants_linear:
+        scaled = {n: 1 if f"{n}_scale" not in given else _wide(given[f"{n}_scale"]) for n in "qk"}
+        chunked["qf"] = _query_layout(q * scaled["q"], plan, kv_heads)
+        if plan.linear:
+            leaving = _key_layout(keys * scaled["k"], plan, tokens)[:, :, : plan.chunks * plan.chunk]
+            leaving = leaving.reshape(batch, kv_heads, plan.chunks, plan.chunk, dim)
+            chunked["kf"] = jnp.moveaxis(leaving, 2, 0)
+        if "memory" in given:
+            params["memory"] = given["memory"].reshape(kv_heads, -1, features, values.shape[3])
+    if plan.mix:
+        for name in ("swa_weight", "rla_weight"):
+            params[name] = _wide(given[name]).reshape(kv_heads, heads // kv_heads, 1, -1)
+    carried = folded if plan.linear or state is not None else None
+    out, after = run_chunks(
+        plan, carried if wants_linear else None, chunked, windowed, params, _ints(plan, where, numbers)
+    )
+    out = jnp.moveaxis(out, 0, 3)  # [B, Hkv, G, chunks, C, Dv]
+    out = out.reshape(batch, heads, plan.chunks * plan.chunk, values.shape[3])[:, :, :tokens]
+    out = jnp.swapaxes(out, 1, 2)
+    if where.segments is not None and not plan.linear and folded is not None:
+        folded = jnp.where((where.segments.first == where.segments.last)[:, None, None, None], folded, 0)
+    return _alive(out, where.live, -tokens), after if plan.linear else folded
+
+
+def _ints(plan: Plan, where: Tokens, numbers: Arrays) -> Arrays:
+    """The integer side of the scan, see `run_chunk`."""
+    index = jnp.arange(plan.chunks * plan.chunk, dtype=jnp.int32).reshape(plan.chunks, 1, plan.chunk)
+    steps: Arrays = {"fold": index < where.end[None, :, None]}
+    whole: Arrays = {"eps": numbers["eps"], "start": where.start}
+    if where.segments is not None:
+        order, first, last = where.segments
+        total = plan.chunks * plan.chunk
+        padded = jnp.pad(order, ((0, 0), (0, plan.prefix + total - order.shape[1])))
+        new = padded[:, plan.prefix :].reshape(order.shape[0], plan.chunks, plan.chunk)
+        steps["order_q"] = jnp.swapaxes(new, 0, 1)
+        whole["order_k"] = padded
+        # The state at a border belongs to the segment of the last token before it; one that nothing is folded into
+        # stays that of the first segment.
+        border = padded[:, plan.chunk - 1 : total - 1 : plan.chunk] if plan.linear else padded[:, : plan.chunks - 1] * 0
+        border = jnp.maximum(border, first[:, None]).T
+        steps["before"] = jnp.concatenate([first[None], border])
+        steps["after"] = jnp.concatenate([border, last[None]])
+    return {"steps": steps, "whole": whole}
+
+
+def _alive(x: jax.Array, live: jax.Array | None, at: int = 0) -> jax.Array:
+    """`x` at the tokens `live[:, at:]`, 0 elsewhere. Select, do not multiply: what inert tokens hold, NaN included,
+    ends here, and so do their cotangents."""
+    return x if live is None else jnp.where(live[:, at:, None, None], x, jnp.zeros((), x.dtype))
+
+
+def _pad_tokens(x: jax.Array, left: int, right: int) -> jax.Array:
+    return x if not left and not right else jnp.pad(x, ((0, 0), (left, right), (0, 0), (0, 0)))
+
+
+def _key_layout(x: jax.Array, plan: Plan, tokens: int) -> jax.Array:
+    """`[B, N, Hkv, d]`, the last `tokens` of N new, to `[B, Hkv, prefix + chunks * C, d]`."""
+    left = plan.prefix - (x.shape[1] - tokens)
+    right = plan.chunks * plan.chunk - tokens
+    return jnp.swapaxes(_pad_tokens(x, left, right), 1, 2)
+
+
+def _query_layout(x: jax.Array, plan: Plan, kv_heads: int) -> jax.Array:
+    """`[B, T, Hq, D]` to `[chunks, B, Hkv, G, C, D]`."""
+    batch, tokens, heads, dim = x.shape
+    x = _pad_tokens(x, 0, plan.chunks * plan.chunk - tokens)
+    x = x.reshape(batch, plan.chunks, plan.chunk, kv_heads, heads // kv_heads, dim)
+    return x.transpose(1, 0, 3, 4, 2, 5)

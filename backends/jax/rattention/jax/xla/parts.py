@@ -1,0 +1,59 @@
+"""The pieces without a sequence: feature map, RMS norm, mix, rotation. All work in float32 (or float64)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def phi(x: jax.Array, feature_map: str) -> jax.Array:
+    """phi(x) over the last axis: `[..., D]` to `[..., F]` (FM-1 .. FM-3)."""
+    if feature_map == "softmax":
+        return jax.nn.softmax(_both_signs(x), axis=-1).reshape(*x.shape[:-1], 2 * x.shape[-1])
+    if feature_map == "relu":
+        both = _both_signs(x)
+        return jnp.where(both <= 0, 0, both).reshape(
+            *x.shape[:-1], 2 * x.shape[-1]
+        )  # NaN is not <= 0: it passes (NUM-5)
+    return x
+
+
+def _both_signs(x: jax.Array) -> jax.Array:
+    """`[..., D]` to `[..., 2, D]`: x and -x, so that both halves of phi are one operation."""
+    return jnp.stack([x, -x], axis=-2)
+
+
+@jax.custom_jvp
+def rms_normalise(x: jax.Array, eps: jax.Array) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis (MIX-2)."""
+    return x * _reciprocal_rms(x, eps)
+
+
+@rms_normalise.defjvp
+def _rms_normalise_jvp(primals, tangents):
+    # Written out because differentiating rsqrt forms (mean(x^2) + eps)^(-3/2), which overflows float32 on a row of
+    # zeros with a small eps (MIX-3). eps is an attribute: it has no derivative.
+    x, eps = primals
+    dx, _ = tangents
+    r = _reciprocal_rms(x, eps)
+    y = x * r
+    return y, (dx - y * jnp.mean(y * dx, axis=-1, keepdims=True)) * r
+
+
+def _reciprocal_rms(x: jax.Array, eps: jax.Array) -> jax.Array:
+    # An eps below the smallest normal number would vanish and divide zero by zero.
+    floor = jnp.maximum(jnp.asarray(eps, x.dtype), jnp.finfo(x.dtype).tiny)
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + floor)
+
+
+def mix(swa: jax.Array, rla: jax.Array, swa_weight: jax.Array, rla_weight: jax.Array, eps: jax.Array) -> jax.Array:
+    """swa_weight * rms(swa) + rla_weight * rms(rla) (MIX-1); weights broadcast against the branches."""
+    return swa_weight * rms_normalise(swa, eps) + rla_weight * rms_normalise(rla, eps)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate `x [B, T, H, D]` by the rows `cos`, `sin` `[B or 1, T, D/2]` of its tokens (ROPE-3)."""
+    pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
+    cos, sin = cos[:, :, None, None], sin[:, :, None, None]
+    turned = jnp.concatenate([-pairs[..., 1:, :], pairs[..., :1, :]], axis=-2)
+    return (pairs * cos + turned * sin).reshape(x.shape)

@@ -1,0 +1,63 @@
+"""How a call is cut into chunks: the static half of the XLA form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax import lax
+
+CHUNKS = (64, 128)
+"""Queries per chunk, for short and for long windows."""
+
+
+class Plan(NamedTuple):
+    """Everything the compiled program depends on besides shapes. Hashable, so it can be a static argument.
+
+    All tokens of a call stand on one axis: `prefix` slots of tokens before the first query (the cache of an extend,
+    zeros in a forward), then the T tokens that also are queries, zeros up to a multiple of the chunk. Query i stands
+    at index prefix + i of that axis. With prefix = max(w, 0), its window is the indices i .. i + prefix, and what the
+    linear branch reads is j < i (j <= i for w = -1): aligned with the chunks of queries, whatever w is.
+    """
+
+    prefix: int
+    chunk: int
+    chunks: int
+    full: bool  # window None: softmax over the whole past, the linear branch reads no token
+    softmax: bool  # the softmax branch has tokens to read (w >= 0)
+    linear: bool  # tokens are folded into the state (w is not None)
+    mix: bool  # both branches, normalised and mixed; otherwise the one branch asked for
+    inclusive: bool  # w = -1: the linear branch reads the token itself
+    segmented: bool
+    feature_map: str
+    precision: lax.Precision
+
+    @property
+    def span(self) -> int:
+        """Keys that one chunk of queries looks at in the softmax branch."""
+        return self.prefix + (self.chunk * self.chunks if self.full else self.chunk)
+
+
+def chunk_size(tokens: int, window: int | None) -> int:
+    """Queries per chunk: a single chunk for short calls, else a size near the window, where little work is masked."""
+    size = CHUNKS[0] if window is not None and window < 128 else CHUNKS[1]
+    return max(tokens, 1) if tokens <= size + size // 2 else size
+
+
+def default_precision(storage: str) -> lax.Precision:
+    """Precision of the matrix products, for the inputs as float32.
+
+    float32 storage gets true float32 (NUM-2). For 16-bit storage operands may be rounded to storage: bfloat16 takes
+    one pass of the matrix unit; float16 takes the three-pass form, since one bfloat16 pass would lose three bits.
+    On a CPU all of them are float32.
+    """
+    return {"bfloat16": lax.Precision.DEFAULT, "float16": lax.Precision.HIGH}.get(storage, lax.Precision.HIGHEST)
+
+
+def as_precision(precision: object, storage: str) -> lax.Precision:
+    """`precision=` of the public functions: None, a `jax.lax.Precision` or one of its names."""
+    if precision is None:
+        return default_precision(storage)
+    if isinstance(precision, jax.lax.Precision):
+        return precision
+    return lax.Precision(precision)

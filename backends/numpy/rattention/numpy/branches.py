@@ -1,0 +1,160 @@
+"""The pieces of the mechanism in quadratic form: each a formula of the spec and its transposed derivative.
+
+Written against an array namespace `xp` (`exact.py` or `bounded.py`). Shapes inside: queries [B, Hkv, G, T, D], keys
+[B, Hkv, 1, S, D] and values [B, Hkv, 1, S, Dv] (query head h = n G + g reads kv head n = h // G: SWA-4, RLA-8), masks
+[B, 1, 1, T, S]. Broadcasting over the axis G is the sharing of a kv head; its transpose is a sum over G (GRAD-3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Array = Any
+
+
+def transpose(x: Array) -> Array:
+    return x.swapaxes(-1, -2)
+
+
+# ------------------------------------------------------------------------------------------------ feature map
+
+
+def feature_map(xp: Any, x: Array, kind: str) -> Array:
+    if kind == "softmax":  # FM-1
+        return xp.concat([xp.softmax(x), xp.softmax(-x)], -1)
+    if kind == "relu":  # FM-2; NaN is not <= 0, so it passes (NUM-5)
+        return xp.concat([xp.where(~(xp.values(x) <= 0), x), xp.where(~(xp.values(x) >= 0), -x)], -1)
+    return x  # FM-3
+
+
+def feature_map_vjp(xp: Any, x: Array, kind: str, d_phi: Array) -> Array:
+    if kind == "identity":
+        return d_phi
+    half = x.shape[-1]
+    plus, minus = d_phi[..., :half], d_phi[..., half:]
+    if kind == "relu":
+        return xp.where(xp.values(x) > 0, plus) - xp.where(xp.values(x) < 0, minus)
+    return softmax_vjp(xp, xp.softmax(x), plus) - softmax_vjp(xp, xp.softmax(-x), minus)
+
+
+def softmax_vjp(xp: Any, p: Array, d_p: Array) -> Array:
+    """p (d_p - sum p d_p)."""
+    return p * (d_p - xp.sum(p * d_p, -1, keepdims=True))
+
+
+# ------------------------------------------------------------------------------------------------ rotary embedding
+
+
+def rotate(xp: Any, x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate the pairs (j, j + D/2) by the angle of the token's position (ROPE-3). Its transpose is rotate(-sin)."""
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    return xp.concat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+# ------------------------------------------------------------------------------------------------ softmax branch
+
+
+def window_attention(xp: Any, q: Array, k: Array, v: Array, window: np.ndarray, scale: float) -> tuple[Array, Array]:
+    """out_t = sum over the window of p_ti v_i, p = softmax(scale <q_t, k_i>) (SWA-1 to SWA-6). Returns out and p."""
+    p = xp.softmax(xp.matmul(q, transpose(k)) * scale, window)
+    return xp.matmul(p, v, window), p
+
+
+def window_attention_vjp(
+    xp: Any, q: Array, k: Array, v: Array, window: np.ndarray, scale: float, out: Array, p: Array, d_out: Array
+) -> tuple[Array, Array, Array]:
+    """d_q, d_k, d_v. With d_p = d_out v^T: d_s = p (d_p - <d_out, out>), since sum_i p_i d_p_i = <d_out, out>."""
+    back = np.swapaxes(window, -1, -2)
+    d_v = xp.sum(xp.matmul(transpose(p), d_out, back), 2, keepdims=True)
+    d_p = xp.matmul(d_out, transpose(v))
+    delta = xp.inner(d_out, out)
+    d_s = xp.where(window, p * (d_p - delta)) * scale
+    d_q = xp.matmul(d_s, k, window)
+    d_k = xp.sum(xp.matmul(transpose(d_s), q, back), 2, keepdims=True)
+    return d_q, d_k, d_v
+
+
+# ------------------------------------------------------------------------------------------------ linear branch
+
+
+def linear_attention(
+    xp: Any, fq: Array, fk: Array, v: Array, behind: np.ndarray, carried: np.ndarray, state: Array, memory: Array
+) -> Array:
+    """out_t = phi(q_t) (S_init + M + sum over i behind the window of phi(k_i)^T v_i) (RLA-1, RLA-2, RLA-4, RLA-5).
+
+    `carried [B, 1, 1, T, 1]` says which queries read `state` [B, Hkv, 1, F, Dv]; `memory` is [Hkv, G, F, Dv]. Either
+    may be None.
+    """
+    weights = xp.matmul(fq, transpose(fk), regroup=True)
+    out = xp.matmul(weights, v, behind)
+    if state is not None:
+        out = out + xp.where(carried, xp.matmul(fq, state))
+    if memory is not None:
+        out = out + xp.matmul(fq, memory)
+    return out
+
+
+def linear_attention_vjp(
+    xp: Any,
+    fq: Array,
+    fk: Array,
+    v: Array,
+    behind: np.ndarray,
+    carried: np.ndarray,
+    state: Array,
+    memory: Array,
+    d_out: Array,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """d_fq, d_fk, d_v, d_state, d_memory; the last two None where the input is."""
+    back = np.swapaxes(behind, -1, -2)
+    d_weights = xp.matmul(d_out, transpose(v), regroup=True)
+    weights = xp.matmul(fq, transpose(fk), regroup=True)
+    d_fq = xp.matmul(d_weights, fk, behind)
+    d_fk = xp.sum(xp.matmul(transpose(d_weights), fq, back), 2, keepdims=True)
+    d_v = xp.sum(xp.matmul(transpose(weights), d_out, back), 2, keepdims=True)
+    d_state = d_memory = None
+    if state is not None:
+        d_carried = xp.where(carried, d_out)
+        d_fq = d_fq + xp.matmul(d_carried, transpose(state))
+        d_state = xp.sum(xp.matmul(transpose(xp.where(carried, fq)), d_carried), 2)
+    if memory is not None:
+        d_fq = d_fq + xp.matmul(d_out, transpose(memory))
+        d_memory = xp.sum(xp.matmul(transpose(fq), d_out), 0)
+    return d_fq, d_fk, d_v, d_state, d_memory
+
+
+def final_state(xp: Any, fk: Array, v: Array, folded: np.ndarray, keeps: np.ndarray, state: Array) -> Array:
+    """S_init + sum of phi(k_i)^T v_i over the folded tokens, [B, Hkv, F, Dv] (RLA-6, RLA-9, SEG-7, EXT-5)."""
+    chosen = folded[:, None, None, :, None]
+    total = xp.matmul(transpose(xp.where(chosen, fk)), xp.where(chosen, v))[:, :, 0]
+    return total if state is None else total + xp.where(keeps[:, None, None, None], state[:, :, 0])
+
+
+def final_state_vjp(
+    xp: Any, fk: Array, v: Array, folded: np.ndarray, keeps: np.ndarray, d_final: Array
+) -> tuple[Array, Array, Array]:
+    """d_fk, d_v, d_state of `final_state`."""
+    chosen = folded[:, None, None, :, None]
+    d = d_final[:, :, None]
+    d_fk = xp.where(chosen, xp.matmul(xp.where(chosen, v), transpose(d)))
+    d_v = xp.where(chosen, xp.matmul(xp.where(chosen, fk), d))
+    return d_fk, d_v, xp.where(keeps[:, None, None, None], d_final)
+
+
+# ------------------------------------------------------------------------------------------------ norms and mix
+
+
+def rms_mix(xp: Any, swa: Array, rla: Array, swa_weight: Array, rla_weight: Array, eps: float) -> Array:
+    """swa_weight rms(swa) + rla_weight rms(rla) (MIX-1, MIX-2); a row of zeros gives exactly 0 (MIX-3)."""
+    return swa_weight * xp.rms_norm(swa, eps)[0] + rla_weight * xp.rms_norm(rla, eps)[0]
+
+
+def rms_mix_vjp(xp: Any, x: Array, weight: Array, eps: float, d_out: Array) -> tuple[Array, Array]:
+    """d_x and the per-token gradient of the weight for one branch: d_x = (w d - xn mean(w d xn)) / rms."""
+    normed, factor = xp.rms_norm(x, eps)
+    d_normed = weight * d_out
+    mean = xp.sum(d_normed * normed, -1, keepdims=True) * (1.0 / x.shape[-1])
+    return factor * (d_normed - normed * mean), d_out * normed

@@ -1,0 +1,301 @@
+"""The operations of the specification in their eager form, on tensors that have been validated.
+
+Every function takes the tensors and attributes of operations.toml by keyword, absent ones as None, and returns the
+outputs in the order of operations.toml. Compute is float32 whatever the storage (float64 for float64); each output is
+rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from rattention.torch.eager.band import band_attention
+from rattention.torch.eager.documents import Documents, documents
+from rattention.torch.eager.layout import compute_dtype, keep, key_heads, per_head, public, query_heads
+from rattention.torch.eager.maps import mix, phi, rotary_table, rotate, table_rows
+from rattention.torch.eager.scan import Groups, linear_scan
+from torch import Tensor
+
+Table = tuple[Tensor, Tensor] | None
+
+
+def feature_map(x: Tensor, *, feature_map: str, reduced: bool = False) -> tuple[Tensor]:
+    out = phi(x.to(compute_dtype(x.dtype)), feature_map).to(x.dtype)
+    return (out.clone() if feature_map == "identity" else out,)
+
+
+def rope_table(positions: Tensor, *, head_dim: int, theta: float, reduced: bool = False) -> tuple[Tensor, Tensor]:
+    return rotary_table(positions, head_dim, theta)
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    window: int | None,
+    scale: float | None,
+    reduced: bool = False,
+) -> tuple[Tensor]:
+    docs, (qf, kf, vf) = _open(segment_ids, q, k, v)
+    table = _table(rope_cos, rope_sin, positions, docs, qf)
+    out = _softmax_branch(qf, kf, vf, table, table, _groups(docs), window, scale, reduced)
+    return (_close(docs, out, q.dtype),)
+
+
+def residual_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    memory: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    window: int | None,
+    feature_map: str,
+    reduced: bool = False,
+) -> tuple[Tensor, Tensor]:
+    docs, (qf, kf, vf) = _open(segment_ids, q, k, v)
+    phi_q, phi_k = _features(qf, q_scale, feature_map), _features(kf, k_scale, feature_map)
+    out, state = _linear_branch(phi_q, phi_k, vf, memory, initial_state, docs, window, reduced)
+    return _close(docs, out, q.dtype), state
+
+
+def rms_mix(
+    swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weight: Tensor, *, eps: float, reduced: bool = False
+) -> tuple[Tensor]:
+    dtype = compute_dtype(swa.dtype)
+    return (mix(swa.to(dtype), rla.to(dtype), swa_weight.to(dtype), rla_weight.to(dtype), eps).to(swa.dtype),)
+
+
+def rattention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    swa_weight: Tensor,
+    rla_weight: Tensor,
+    *,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    positions: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    memory: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    window: int | None,
+    scale: float | None,
+    feature_map: str,
+    eps: float,
+    reduced: bool = False,
+) -> tuple[Tensor, Tensor]:
+    docs, (qf, kf, vf) = _open(segment_ids, q, k, v)
+    dtype = qf.dtype
+    table = _table(rope_cos, rope_sin, positions, docs, qf)
+    swa = _softmax_branch(qf, kf, vf, table, table, _groups(docs), window, scale, reduced)
+    phi_q, phi_k = _features(qf, q_scale, feature_map), _features(kf, k_scale, feature_map)
+    rla, state = _linear_branch(phi_q, phi_k, vf, memory, initial_state, docs, window, reduced)
+    out = mix(swa, rla, swa_weight.to(dtype), rla_weight.to(dtype), eps)
+    return _close(docs, out, q.dtype), state
+
+
+def rattention_extend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    swa_weight: Tensor,
+    rla_weight: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    cache_state: Tensor,
+    cache_length: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    memory: Tensor | None = None,
+    window: int | None,
+    scale: float | None,
+    feature_map: str,
+    eps: float,
+    reduced: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cache and new tokens stand side by side as W + T slots; slot j of row b has position cache_length - W + j."""
+    dtype = compute_dtype(q.dtype)
+    T, W = q.shape[1], cache_k.shape[1]
+    slots = torch.arange(W + T, device=q.device)
+    filled = cache_length.clamp(max=W)
+    new = torch.full_like(cache_length, T) if lengths is None else lengths
+    live = (slots >= W - filled[:, None]) & (slots < W + new[:, None])
+    qf = (q if lengths is None else keep(live[:, W:], q)).to(dtype)
+    # The next cache is taken from these too, so that all gradients of a token meet in float32 (GRAD-3).
+    kf, vf = (keep(live, torch.cat((old, x), 1)).to(dtype) for old, x in ((cache_k, k), (cache_v, v)))
+
+    q_table = k_table = None
+    if rope_cos is not None and rope_sin is not None:
+        rows = cache_length[:, None] + (slots - W)
+        rows = torch.where(live, rows, 0).clamp(max=max(rope_cos.shape[0] - 1, 0))
+        cos, sin = table_rows(rope_cos, rope_sin, rows, W + T, dtype)
+        q_table, k_table = (cos[:, W:], sin[:, W:]), (cos, sin)
+    groups = (live[:, W:], live)
+    swa = _softmax_branch(qf, kf, vf, q_table, k_table, groups, window, scale, reduced)
+
+    phi_q = _features(qf, q_scale, feature_map)
+    if window is None:
+        no_k = _features(kf[:, :0], None, feature_map)
+        rla, state = _scan(phi_q, no_k, vf[:, :0], memory, cache_state, None, False, reduced)
+    else:
+        # The slots that new tokens push out of the cache: exactly those that a state can take in now (EXT-5).
+        leaves = slots[:T] < new[:, None]
+        phi_k = keep(leaves, _features(kf[:, :T], k_scale, feature_map))
+        rla, state = _scan(phi_q, phi_k, vf[:, :T], memory, cache_state, None, window < 0, reduced)
+    out = mix(swa, rla, swa_weight.to(dtype), rla_weight.to(dtype), eps)
+    if lengths is not None:
+        out = keep(live[:, W:], out)
+    kept = W if window is not None else W + T
+    next_k, next_v = (_newest(x, lengths, T, kept).to(q.dtype, copy=True) for x in (kf, vf))
+    return out.to(q.dtype), next_k, next_v, state, cache_length + new
+
+
+EAGER: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    f.__name__: f
+    for f in (
+        feature_map,
+        rope_table,
+        sliding_window_attention,
+        residual_linear_attention,
+        rms_mix,
+        rattention,
+        rattention_extend,
+    )
+}
+
+
+def _open(segment_ids: Tensor | None, *tensors: Tensor) -> tuple[Documents | None, tuple[Tensor, ...]]:
+    """Inputs in the compute dtype, padding emptied, and the documents if there are any."""
+    dtype = compute_dtype(tensors[0].dtype)
+    if segment_ids is None or segment_ids.shape[1] == 0:
+        return None, tuple(x.to(dtype) for x in tensors)
+    docs = documents(segment_ids)
+    return docs, tuple(keep(docs.live, x).to(dtype) for x in tensors)
+
+
+def _close(docs: Documents | None, out: Tensor, storage: torch.dtype) -> Tensor:
+    """Padding gets exactly 0 (SEG-4); the one rounding to storage."""
+    return (out if docs is None else keep(docs.live, out)).to(storage)
+
+
+def _table(
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, docs: Documents | None, q: Tensor
+) -> Table:
+    if cos is None or sin is None:
+        return None
+    if docs is not None:
+        positions = docs.index if positions is None else torch.where(docs.live, positions, 0)
+    return table_rows(cos, sin, positions, q.shape[1], q.dtype)
+
+
+def _groups(docs: Documents | None) -> tuple[Tensor, Tensor] | None:
+    return None if docs is None else (docs.ids, docs.ids)
+
+
+def _features(x: Tensor, scale: Tensor | None, feature_map: str) -> Tensor:
+    return phi(x if scale is None else x * scale.to(x.dtype), feature_map)
+
+
+def _softmax_branch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_table: Table,
+    k_table: Table,
+    groups: tuple[Tensor, Tensor] | None,
+    window: int | None,
+    scale: float | None,
+    reduced: bool,
+) -> Tensor:
+    """`[B, T, Hq, Dv]` in the compute dtype. `k` and `v` may have keys before the first query."""
+    Hkv = k.shape[2]
+    factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    if window is None:
+        window = k.shape[1]
+    rows = query_heads(rotate(q, q_table) * factor, Hkv)
+    group_q, group_k = (None, None) if groups is None else (per_head(g, Hkv) for g in groups)
+    out = band_attention(rows, key_heads(rotate(k, k_table)), key_heads(v), group_q, group_k, window, reduced)
+    return public(out, Hkv)
+
+
+def _linear_branch(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    v: Tensor,
+    memory: Tensor | None,
+    state: Tensor | None,
+    docs: Documents | None,
+    window: int | None,
+    reduced: bool,
+) -> tuple[Tensor, Tensor]:
+    """`[B, T, Hq, Dv]` and the final state `[B, Hkv, F, Dv]`, both in the compute dtype."""
+    T, Hkv = phi_q.shape[1], v.shape[2]
+    w = T if window is None else max(window, 0)
+    J = max(T - w, 0)  # keys that some query, or the final state, reads
+    keys, values = phi_k[:, :J], v[:, :J]
+    if docs is None:
+        return _scan(phi_q, keys, values, memory, state, None, window == -1, reduced)
+    # RLA-6 within each document: its last w tokens stay out of the state. No query of the document reads them.
+    keys = keep(docs.live[:, :J] & (docs.left[:, :J] > w), keys)
+    groups = Groups(*(per_head(x, Hkv) for x in (docs.ids, docs.ids[:, :J], docs.alive[:, : J + 1])))
+    out, final = _scan(phi_q, keys, values, memory, state, groups, window == -1, reduced)
+    # A last document shorter than the window has no key among the first J: its state never started.
+    started = docs.alive[:, J] == docs.alive[:, T]
+    return out, torch.where(started[:, None, None, None], final, 0)
+
+
+def _scan(
+    phi_q: Tensor,
+    phi_k: Tensor,
+    v: Tensor,
+    memory: Tensor | None,
+    state: Tensor | None,
+    groups: Groups | None,
+    inclusive: bool,
+    reduced: bool,
+) -> tuple[Tensor, Tensor]:
+    B, F = phi_q.shape[0], phi_q.shape[3]
+    Hkv, Dv = v.shape[2:]
+    flat = v.new_zeros(B * Hkv, F, Dv) if state is None else state.to(v.dtype).reshape(B * Hkv, F, Dv)
+    rows = query_heads(phi_q, Hkv)
+    out, final = linear_scan(rows, key_heads(phi_k), key_heads(v), flat, groups, inclusive, reduced)
+    out = public(out, Hkv)
+    if memory is not None:
+        out = out + _recall(phi_q, memory.to(v.dtype), reduced)
+    return out, final.view(B, Hkv, F, Dv)
+
+
+def _recall(phi_q: Tensor, memory: Tensor, reduced: bool) -> Tensor:
+    """phi(q) M_h: a scan over no keys, with one flat head per query head and the whole batch as its queries."""
+    B, T, Hq, F = phi_q.shape
+    rows = phi_q.permute(2, 0, 1, 3).reshape(Hq, B * T, 1, F)
+    none = rows.new_empty(Hq, 0, F), rows.new_empty(Hq, 0, memory.shape[2])
+    out, _ = linear_scan(rows, *none, memory, None, False, reduced)
+    return out.view(Hq, B, T, memory.shape[2]).permute(1, 2, 0, 3)
+
+
+def _newest(x: Tensor, lengths: Tensor | None, T: int, count: int) -> Tensor:
+    """The last `count` slots of `x [B, W + T, ...]` to each row's last real token (EXT-4), zeros before the first."""
+    B, J = x.shape[:2]
+    if lengths is None:
+        return x[:, J - count :]
+    index = torch.arange(J - T - count, J - T, device=x.device) + lengths[:, None].long()
+    full = index.clamp(min=0)[:, :, None, None].expand(B, count, *x.shape[2:])
+    return keep(index >= 0, x.gather(1, full))
