@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Phase two: the fused output kernel. One program makes the final output of C tokens of HP query heads.
 
     state   acc_l  = phi(q) (H_c + M)           the saved state at the last border p <= t0 - w
@@ -131,7 +132,7 @@ def attend(
     HAS_K_SCALE: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WIDE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """SOFT and LINEAR: whether a branch reads tokens at all. The queries are tokens offset .. offset+Tq-1 of the keys."""
+    """SOFT, LINEAR: whether a branch reads tokens at all. Queries are tokens offset .. offset+Tq-1 of the keys."""
     R: tl.constexpr = C * HP
     F: tl.constexpr = D if MAP == "identity" else 2 * D
     NF: tl.constexpr = ND if MAP == "identity" else 2 * ND
@@ -212,7 +213,8 @@ def attend(
                 acc_l = linear_step(fq, fk, vt, behind_window(t, s, n, w), acc_l, NF, WIDE, WIDE_PRECISION)
                 if HAS_ROPE:
                     kt = load_blocks(r_at + at * sr_t, keys * sr_t, real, D, DB, ND)
-                logits = tl.where(in_window(t, s, n, w), scores(qr, kt, scale_log2, ND, NARROW, PRECISION), -float("inf"))
+                logits = scores(qr, kt, scale_log2, ND, NARROW, PRECISION)
+                logits = tl.where(in_window(t, s, n, w), logits, -float("inf"))
                 m, l, acc_s = softmax_step(logits, vt, m, l, acc_s, NARROW, PRECISION)
         inner = tl.maximum(inner, oldest)
         own = inner
@@ -231,7 +233,8 @@ def attend(
             at = long(i)
             kt = load_blocks(r_at + at * sr_t, keys * sr_t, real, D, DB, ND)
             vt = load_values(v_at + at * sv_t, keys * sv_t, real, DV, DVP)
-            logits = tl.where(in_window(t, s, n, w), scores(qr, kt, scale_log2, ND, NARROW, PRECISION), -float("inf"))
+            logits = scores(qr, kt, scale_log2, ND, NARROW, PRECISION)
+            logits = tl.where(in_window(t, s, n, w), logits, -float("inf"))
             m, l, acc_s = softmax_step(logits, vt, m, l, acc_s, NARROW, PRECISION)
         # A live row has met its own token, so l >= 1 unless its logits are all -inf: 0/0 is then the right answer.
         acc_s = acc_s / l[:, None]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from rattention.torch.triton.key_grad import key_grad
 from rattention.torch.triton.launch import launch
-from rattention.torch.triton.plan import Plan, readable
+from rattention.torch.triton.plan import Plan, ceil_div, readable
 from rattention.torch.triton.query_grad import query_grad
 from rattention.torch.triton.states import carry_gradients
 from torch import Tensor
@@ -52,7 +51,7 @@ def backward(
     tile = p.config.query_grad
     HP = p.heads(tile.rows, p.memory is not None)
     C = tile.rows // HP
-    tiles, blocks = triton.cdiv(p.Tq, C), triton.cdiv(p.G, HP)
+    tiles, blocks = ceil_div(p.Tq, C), ceil_div(p.G, HP)
     dq = empty(*p.q.shape, dtype=p.q.dtype)
     qr = empty(*p.q.shape, dtype=p.q.dtype) if p.rope_cos is not None and p.soft else None
     wide = (p.B, p.Tq, p.Hq, p.Dv)
@@ -94,7 +93,7 @@ def backward(
         size = p.F * p.Dv
         block = p.state_block
         launch(
-            carry_gradients, triton.cdiv(size, block) * p.B * p.Hkv,
+            carry_gradients, ceil_div(size, block) * p.B * p.Hkv,
             local, d_final, *p.segments, grads, d_initial, p.Tk, p.fold_end, p.config.chunk, p.chunks, p.Hkv, size,
             BE=block, HAS_D_FINAL=d_final is not None, HAS_SEGMENTS=p.rows is not None, warps=4, stages=2,
         )  # fmt: skip
@@ -104,13 +103,13 @@ def backward(
         assert dx_l is not None
         chunk = min(MEMORY_CHUNK, p.Tq)
         gradients["memory"] = p.local_sums(
-            p.q, dx_l, p.q_scale, "memory", p.Hq, chunk, triton.cdiv(p.Tq, chunk)
+            p.q, dx_l, p.q_scale, "memory", p.Hq, chunk, ceil_div(p.Tq, chunk)
         ).sum((0, 2))  # fmt: skip
 
     # ------------------------------------------------------------------ keys and values
     tile = p.config.key_grad
     HP = p.heads(tile.rows, False)
-    tiles = triton.cdiv(p.Tk, tile.keys)
+    tiles = ceil_div(p.Tk, tile.keys)
     key_dtype = key_dtype or p.k.dtype
     dk, dv = empty(*p.k.shape, dtype=key_dtype), empty(*p.v.shape, dtype=key_dtype)
     d_k_scale = empty(p.B * p.Hkv * tiles, p.D) if p.k_scale is not None and p.linear else None

@@ -1,7 +1,7 @@
 """Frozen configurations: tile sizes, warps and pipeline stages per (device kind, D, dtype).
 
 A configuration fixes the order of every sum, so it is part of the result: it is looked up here, never searched for
-behind the caller's back. `autotuned` (on request) only chooses among the rows of this table.
+behind the caller's back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: (token, head) pairs of the row tile. keys: tokens of the tile walked over. stages: depth of the pipeline."""
+    """rows: (token, head) pairs of the row tile. keys: tokens of the tile walked over. stages: pipeline depth."""
 
     rows: int
     keys: int
@@ -82,6 +82,6 @@ def config_for(kind: str, D: int, Dv: int, dtype: torch.dtype) -> Config:
         }
     chosen = table[size]
     if amd:
-        one = {name: replace(getattr(chosen, name), stages=1) for name in ("attend", "query_grad", "key_grad", "states")}
-        chosen = replace(chosen, **one)
+        names = ("attend", "query_grad", "key_grad", "states")
+        chosen = replace(chosen, **{name: replace(getattr(chosen, name), stages=1) for name in names})
     return chosen

@@ -70,7 +70,6 @@ class Continuation(NamedTuple):
         index = torch.arange(self.kept, device=self.q.device) + (self.W - self.kept)
         return index + self.new()[:, None]
 
-
     def shifted(self) -> tuple[Tensor, Tensor]:
         """cache_k and cache_v after the new tokens."""
         live, source = self.live(), self.source()
@@ -136,8 +135,7 @@ def extend_backward(
         total = torch.where(live[:, :, None, None], total, 0).to(c.q.dtype)
         split.append((total[:, : c.W].clone(), total[:, c.W :].clone()))
     (dck, dk), (dcv, dv) = split
-    none = c.q.new_empty(0, dtype=torch.float32)
-    return (
-        g["q"], dk, dv, g["swa_weight"], g["rla_weight"], dck, dcv, g["initial_state"],
-        g.get("q_scale", none), g.get("k_scale", none), g.get("memory", none),
-    )  # fmt: skip
+    absent = [
+        g[name] if name in g else c.q.new_empty(0, dtype=torch.float32) for name in ("q_scale", "k_scale", "memory")
+    ]
+    return (g["q"], dk, dv, g["swa_weight"], g["rla_weight"], dck, dcv, g["initial_state"], *absent)

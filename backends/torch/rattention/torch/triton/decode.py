@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Decode: one new token per row. One program per (batch row, key head, split of the work).
 
     fold first   S += phi(k_new)^T v_new           only for window -1, whose query reads its own token
@@ -8,13 +9,13 @@
     out          both norms and the mix, one write (in `combine` where the work is split)
 
 The G query heads of the group are the rows of one tile, padded to 16 so that matrix units apply. Bound by memory:
-traffic per (row, key head) is W (D + Dv) storage elements of the ring, F Dv floats of state read and F Dv written; table
-rows are shared by all heads and rows and stay in cache. Splits share tiles of the ring and of the state round robin;
-each writes its running maximum, sum and accumulators [G, Dv], and `combine` adds them in order (NUM-4).
+traffic per (row, key head) is W (D + Dv) storage elements of the ring, F Dv floats of state read and F Dv written; rows
+of the table are shared by all heads and rows and stay in cache. Splits share the tiles of the ring and of the state
+round robin; each writes its running maximum, sum and accumulators [G, Dv], and `combine` adds them in order (NUM-4).
 
-Two layouts of the ring: "canonical", slot j holds position length - W + j, read only; and "moving", W + 1 slots, position
-p in slot p mod (W + 1), to which the new token is written in place. The spare slot is the one that no query of this
-step reads, so nothing is read and written in one step.
+Two layouts of the ring: "canonical", slot j holds position length - W + j, read only; and "moving", W + 1 slots,
+position p in slot p mod (W + 1), to which the new token is written in place. The spare slot is the one that no query
+of this step reads, so nothing is read and written in one step.
 """
 
 import triton

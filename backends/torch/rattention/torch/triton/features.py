@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """The feature map phi on tuples of blocks, its gradient, and the kernels of the operation `feature_map`.
 
 phi of a row held as ND blocks is held as NF = 2 ND blocks (ND for identity): those of the positive half, then those of

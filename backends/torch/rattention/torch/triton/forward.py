@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 from rattention.torch.triton.attention import attend
 from rattention.torch.triton.launch import launch
-from rattention.torch.triton.plan import Plan
+from rattention.torch.triton.plan import Plan, ceil_div
 from torch import Tensor
 
 
@@ -24,7 +23,7 @@ def forward(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     C = tile.rows // HP
     start, first, _, _ = p.segments
     launch(
-        attend, triton.cdiv(p.Tq, C) * triton.cdiv(p.G, HP) * p.Hkv * p.B,
+        attend, ceil_div(p.Tq, C) * ceil_div(p.G, HP) * p.Hkv * p.B,
         p.q, p.k, kr, p.v, p.swa_weight, p.rla_weight, p.rope_cos, p.rope_sin, p.positions, start, first,
         p.q_scale, p.k_scale, p.memory, states, out, stats,
         *p.q.stride()[:3], *p.k.stride()[:3], *kr.stride()[:3], *p.v.stride()[:3],

@@ -1,14 +1,15 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Backward, second kernel: dk and dv. One program per tile of BN keys of one batch row and key head.
 
     state    dv  = phi(k) E_{c+1}            d phi(k)  = v E_{c+1}^T         queries that read a later saved state
-    tail     dv += phi(k) d_final            d phi(k) += v d_final^T         tokens that final_state adds to a saved state
+    tail     dv += phi(k) d_final            d phi(k) += v d_final^T         tokens of final_state past a saved state
     direct   dv += A^T dx_l, A = phi(q) phi(k)^T        d phi(k) += (dx_l v^T)^T phi(q)
              queries whose saved state ends before the next border: t - w in the key's own chunk, at most N of them
-    softmax  dv += p^T dx_s                  d rope(k) += (p (dx_s v^T - Delta))^T rope(q)       the w + BN queries above
+    softmax  dv += p^T dx_s                  d rope(k) += (p (dx_s v^T - Delta))^T rope(q)      the w + BN queries above
     out      dk, dv: one rounding, one write, summed in float32 over the G query heads of the group (GRAD-3)
 
-Rows of a query tile are (token, head) pairs as in the forward. Traffic per tile: k, v, E_{c+1}; for each of the w + N + BN
-queries and G heads, q (rotated and not), dx_s, dx_l and two floats; writes dk, dv.
+Rows of a query tile are (token, head) pairs as in the forward. Traffic per tile: k, v, E_{c+1}; for each of the
+w + N + BN queries and G heads, q (rotated and not), dx_s, dx_l and two floats; writes dk, dv.
 """
 
 import triton

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 from rattention.torch.triton.config import Config, config_for, device_kind
 from rattention.torch.triton.tiles import INTERPRET
 

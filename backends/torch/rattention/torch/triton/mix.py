@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """The operation `rms_mix` by itself: one program per BN tokens of one head, each row read once and written once.
 
 mix reads 2 Dv and writes Dv elements per row. mix_grad reads 3 Dv and writes 2 Dv, and one row of partial sums per
@@ -32,7 +33,8 @@ def mix(
     b = up(load_values(rla + at, rows * (Hq * DV), live, DV, DVP))
     ra = tl.rsqrt(tl.sum(a * a, axis=1) / DV + eps)
     rb = tl.rsqrt(tl.sum(b * b, axis=1) / DV + eps)
-    o = load_weight(swa_weight, h, DV, DVP) * (a * ra[:, None]) + load_weight(rla_weight, h, DV, DVP) * (b * rb[:, None])
+    o = load_weight(swa_weight, h, DV, DVP) * (a * ra[:, None])
+    o += load_weight(rla_weight, h, DV, DVP) * (b * rb[:, None])
     store_values(out + at, rows * (Hq * DV), live, o, DV, DVP)
 
 

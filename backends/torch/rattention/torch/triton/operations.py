@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rattention.spec import Unsupported
@@ -34,7 +35,7 @@ def _check(*tensors: Tensor | None) -> None:
     x = next(t for t in tensors if t is not None)
     reason = available(x.device)
     if not reason and x.dtype.is_floating_point and x.dtype not in STORAGE:
-        reason = f"the Triton kernels hold float32, bfloat16 and float16, these are {str(x.dtype).removeprefix('torch.')}"
+        reason = f"the Triton kernels hold float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
     if not reason and x.ndim == 4 and max(t.shape[-1] for t in tensors if t is not None) > LARGEST_HEAD_DIM:
         reason = f"the Triton kernels hold head dims up to {LARGEST_HEAD_DIM}"
     if reason:
@@ -50,9 +51,10 @@ def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(to) if x.dtype in STORAGE else x for x in tensors)
 
 
-def _weight(x: Tensor | None, like: Tensor) -> Tensor | None:
-    """A weight in float32 or in the storage dtype: autocast upstream may have made it the other 16-bit dtype."""
-    return x if x is None or x.dtype in (torch.float32, like.dtype) else x.to(torch.float32)
+def _weights(like: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """Weights in float32 or the storage dtype of `like`: autocast upstream may have made them the other 16-bit dtype."""
+    allowed = (torch.float32, like.dtype)
+    return tuple(x if x is None or x.dtype in allowed else x.to(torch.float32) for x in tensors)
 
 
 def feature_map(x: Tensor, *, feature_map: str, reduced: bool = False) -> tuple[Tensor]:
@@ -73,7 +75,7 @@ def sliding_window_attention(
     _check(q, k, v)
     q, k, v = _cast(q, k, v)
     out, _, _ = operators.attention(
-        q, k, v, None, None, _weight(rope_cos, q), _weight(rope_sin, q), positions, segment_ids, None, None, None, None,
+        q, k, v, None, None, *_weights(q, rope_cos, rope_sin), positions, segment_ids, None, None, None, None,
         window, scale, "identity", 1e-6, "soft", reduced,
     )  # fmt: skip
     return (out,)
@@ -87,7 +89,7 @@ def residual_linear_attention(
     _check(q, k, v)
     q, k, v = _cast(q, k, v)
     out, final, _ = operators.attention(
-        q, k, v, None, None, None, None, None, segment_ids, _weight(q_scale, q), _weight(k_scale, q), memory,
+        q, k, v, None, None, None, None, None, segment_ids, *_weights(q, q_scale, k_scale), memory,
         initial_state, window, None, feature_map, 1e-6, "linear", reduced,
     )  # fmt: skip
     return out, final
@@ -109,8 +111,8 @@ def rattention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(q, k, v)
     q, k, v = _cast(q, k, v)
-    swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale = (
-        _weight(x, q) for x in (swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale)
+    swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale = _weights(
+        q, swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale
     )
     out, final, _ = operators.attention(
         q, k, v, swa_weight, rla_weight, rope_cos, rope_sin, positions, segment_ids, q_scale, k_scale, memory,
@@ -128,8 +130,8 @@ def rattention_extend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check(q, k, v)
     q, k, v, cache_k, cache_v = _cast(q, k, v, cache_k, cache_v)
-    swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale = (
-        _weight(x, q) for x in (swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale)
+    swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale = _weights(
+        q, swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale
     )
     return operators.extend(
         q, k, v, swa_weight, rla_weight, cache_k, cache_v, cache_state, cache_length, lengths, rope_cos, rope_sin,

@@ -1,7 +1,7 @@
 """The kernels as `torch.library` operators, each with a fake implementation and a gradient.
 
-    rattention::attention(q, k, v, ...) -> out, final_state, stats      all three of rattention, sliding_window_attention
-    rattention::attention_grad(...)                                     and residual_linear_attention, by `mode`
+    rattention::attention(q, k, v, ...) -> out, final_state, stats      rattention, sliding_window_attention and
+    rattention::attention_grad(...)                                     residual_linear_attention, by `mode`
     rattention::extend / extend_grad, feature_map / feature_map_grad, rms_mix / rms_mix_grad, rope_table
 
 To torch.compile and torch.export each is one opaque node. An operator's outputs are fresh tensors (ERR-13); an output
@@ -13,13 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from rattention.torch.triton import features, mix, rotary
 from rattention.torch.triton.backward import backward
 from rattention.torch.triton.continuation import Continuation, extend_backward, extend_forward
 from rattention.torch.triton.forward import forward
 from rattention.torch.triton.launch import launch
-from rattention.torch.triton.plan import Plan, power_of_two
+from rattention.torch.triton.plan import Plan, ceil_div, power_of_two
 from torch import Tensor
 
 ROWS = 64
@@ -218,7 +217,7 @@ def feature_map(x: Tensor, feature_map: str) -> Tensor:
     x = x.contiguous()
     out = _feature_map_fake(x, feature_map)
     n, shape = _rows(x)
-    launch(features.feature_map, triton.cdiv(n, ROWS), x, out, n, **shape, MAP=feature_map, warps=4, stages=1)
+    launch(features.feature_map, ceil_div(n, ROWS), x, out, n, **shape, MAP=feature_map, warps=4, stages=1)
     return out
 
 
@@ -233,9 +232,7 @@ def feature_map_grad(x: Tensor, d_out: Tensor, feature_map: str) -> Tensor:
     x, d_out = x.contiguous(), d_out.contiguous()
     d_x = torch.empty_like(x)
     n, shape = _rows(x)
-    launch(
-        features.feature_map_grad, triton.cdiv(n, ROWS), x, d_out, d_x, n, **shape, MAP=feature_map, warps=4, stages=1
-    )
+    launch(features.feature_map_grad, ceil_div(n, ROWS), x, d_out, d_x, n, **shape, MAP=feature_map, warps=4, stages=1)
     return d_x
 
 
@@ -261,7 +258,7 @@ def rms_mix(swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weight: Tensor, ep
     B, T, Hq, Dv = swa.shape
     out = torch.empty(swa.shape, dtype=swa.dtype, device=swa.device)
     launch(
-        mix.mix, triton.cdiv(B * T, ROWS) * Hq, swa.contiguous(), rla.contiguous(), swa_weight.contiguous(),
+        mix.mix, ceil_div(B * T, ROWS) * Hq, swa.contiguous(), rla.contiguous(), swa_weight.contiguous(),
         rla_weight.contiguous(), out, B * T, Hq, eps, DV=Dv, DVP=power_of_two(Dv), BN=ROWS, warps=4, stages=1,
     )  # fmt: skip
     return out
@@ -277,7 +274,7 @@ def rms_mix_grad(
     swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weight: Tensor, d_out: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, Hq, Dv = swa.shape
-    programs = triton.cdiv(B * T, ROWS)
+    programs = ceil_div(B * T, ROWS)
     d_swa, d_rla = (torch.empty(swa.shape, dtype=swa.dtype, device=swa.device) for _ in range(2))
     dw_s, dw_l = (torch.empty(programs, Hq, Dv, dtype=torch.float32, device=swa.device) for _ in range(2))
     launch(
@@ -311,7 +308,7 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
     exponents = torch.arange(half, dtype=torch.float64, device=positions.device) * (-2.0 / head_dim)
     frequencies = torch.pow(torch.tensor(theta, dtype=torch.float64, device=positions.device), exponents)
     launch(
-        rotary.rope_table, triton.cdiv(M, ROWS), positions.contiguous(), frequencies, cos, sin, M, half,
+        rotary.rope_table, ceil_div(M, ROWS), positions.contiguous(), frequencies, cos, sin, M, half,
         BM=ROWS, BC=power_of_two(half, 1), warps=4, stages=1,
     )  # fmt: skip
     return cos, sin

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from rattention.torch.triton.config import Config
 from rattention.torch.triton.launch import configuration, launch, target_kind
@@ -60,6 +59,10 @@ def readable(x: Tensor) -> Tensor:
     if (x.shape[-1] > 1 and x.stride(-1) != 1) or max(abs(s) for s in x.stride()[1:-1]) >= 2**22:
         return x.contiguous()
     return x
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def power_of_two(n: int, least: int = 16) -> int:
@@ -205,7 +208,7 @@ class Plan:
         out = torch.empty(self.k.shape, dtype=self.k.dtype, device=self.k.device)
         tile = self.config.states
         launch(
-            rotate_keys, triton.cdiv(self.Tk, tile.keys) * self.Hkv * self.B,
+            rotate_keys, ceil_div(self.Tk, tile.keys) * self.Hkv * self.B,
             self.k, self.rope_cos, self.rope_sin, self.positions, self.segments[0], out,
             *self.k.stride()[:3], self.Tk, self.Hkv, self.table_rows,
             D=self.D, DB=self.DB, ND=self.ND, BN=tile.keys, HAS_POSITIONS=self.positions is not None,
@@ -213,7 +216,9 @@ class Plan:
         )  # fmt: skip
         return out
 
-    def local_sums(self, x: Tensor, y: Tensor, scale: Tensor | None, mode: str, H: int, chunk: int, chunks: int) -> Tensor:
+    def local_sums(
+        self, x: Tensor, y: Tensor, scale: Tensor | None, mode: str, H: int, chunk: int, chunks: int
+    ) -> Tensor:
         """sum phi(x)^T y per chunk [B, H, chunks, F, Dv] float32; x and y have H G heads of their own G."""
         out = torch.empty((self.B, H, chunks, self.F, self.Dv), dtype=torch.float32, device=x.device)
         tile = self.config.states
@@ -222,7 +227,7 @@ class Plan:
         DVB = min(self.DVP, self.config.values)
         start, first, last, fold_end = self.segments
         launch(
-            local_states, triton.cdiv(self.Dv, DVB) * chunks * H * self.B,
+            local_states, ceil_div(self.Dv, DVB) * chunks * H * self.B,
             x, y, scale, start, first, last, fold_end, out, *x.stride()[:3], *y.stride()[:3],
             self.Tk, 0 if mode == "keys" else self.offset, self.w, self.fold_end, chunk, chunks, H, G,
             **self.shape, DVB=DVB, GP=GP, BN=max(1, tile.keys // GP),
@@ -247,7 +252,7 @@ class Plan:
         size = self.F * self.Dv
         block = self.state_block
         launch(
-            carry_states, triton.cdiv(size, block) * self.B * self.Hkv,
+            carry_states, ceil_div(size, block) * self.B * self.Hkv,
             local, self.initial_state, *self.segments, states, final,
             self.Tk, self.fold_end, self.config.chunk, self.chunks, self.Hkv, size,
             BE=block, HAS_INITIAL=self.initial_state is not None, HAS_SEGMENTS=self.rows is not None,

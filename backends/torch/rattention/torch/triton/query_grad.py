@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Backward, first kernel: one program per tile of queries, the tiles of `attend`.
 
     again   x_s, x_l            both branch outputs, from the saved log-sum-exp and states (never stored by the forward)
@@ -16,7 +17,15 @@ partial sums per program and are added by a second, ordered reduction: no atomic
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.attention import behind_window, in_window, key_rows, linear_step, read_state, scores, tile_borders
+from rattention.torch.triton.attention import (
+    behind_window,
+    in_window,
+    key_rows,
+    linear_step,
+    read_state,
+    scores,
+    tile_borders,
+)
 from rattention.torch.triton.features import phi, phi_grad, scaled
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
@@ -39,8 +48,8 @@ from rattention.torch.triton.tiles import (
 
 @triton.jit
 def norm_grad(x, r, weight, d, live, DV: tl.constexpr):
-    """Through weight * x * r, r the reciprocal RMS of the row x: dx, and d * x * r for the weight (MIX-3: a zero row gives
-    a finite r * weight * d)."""
+    """Through weight * x * r, r the reciprocal RMS of the row x: dx, and d * x * r for the weight (MIX-3: a zero row
+    gives a finite r * weight * d)."""
     y = tl.where(live[:, None], x * r[:, None], 0.0)
     g = tl.where(live[:, None], weight * d, 0.0)
     return r[:, None] * (g - y * (tl.sum(g * y, axis=1) / DV)[:, None]), d * y

@@ -87,7 +87,9 @@ def _launch(
     tile = config.decode
     optional = [None if x is None else x.contiguous() for x in (rope_cos, rope_sin, q_scale, k_scale, memory)]
     weights = [swa_weight.contiguous(), rla_weight.contiguous()]
-    common = {"DV": Dv, "DVP": sizes.DVP, "R": R, "SPLITS": splits, "SOFT": window != -1, "HAS_ACTIVE": active is not None}
+    common = {
+        "DV": Dv, "DVP": sizes.DVP, "R": R, "SPLITS": splits, "SOFT": window != -1, "HAS_ACTIVE": active is not None,
+    }  # fmt: skip
     launch(
         decode, B * Hkv * splits,
         q.contiguous(), k.contiguous(), v.contiguous(), ring_k, ring_v, state, next_state, length, active, *weights,

@@ -1,8 +1,9 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Rotary embedding: blocks of a row turned by a table, and the kernel that turns all keys once.
 
 rotate_keys reads K once and writes K rotated (2 D storage elements per token and key head, plus D table entries). The
-softmax branch reads those; the feature map reads K itself (ROPE-5). Turning the keys here rather than in every query tile
-that sees them saves w / C rotations and keeps the inner loop of the attention kernel free of table loads.
+softmax branch reads those; the feature map reads K itself (ROPE-5). Turning the keys here rather than in every query
+tile that sees them saves w / C rotations and keeps the inner loop of the attention kernel free of table loads.
 """
 
 import triton

@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Phase one: the state of the linear branch at every N-th token, and the same sums backwards in time.
 
 With p_c = c N and start[t] the first token of t's segment (NOWHERE for padding), the saved states are
@@ -39,7 +40,7 @@ def local_states(
     BN: tl.constexpr, MAP: tl.constexpr, MODE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """MODE "keys": chunk c sums tokens [cN, (c+1)N); the last chunk sums the tail that final_state adds to a saved state.
+    """MODE "keys": chunk c sums tokens [cN, (c+1)N); the last chunk sums what final_state adds to a saved state.
     MODE "queries": chunk c sums the queries that read H_c, those with t - w in chunk c. MODE "memory": chunk c sums
     queries [cN, (c+1)N), all of which read the memory."""
     F: tl.constexpr = D if MAP == "identity" else 2 * D

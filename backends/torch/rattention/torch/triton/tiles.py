@@ -1,3 +1,4 @@
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Tiles: how the kernels hold, load, round and multiply blocks of tokens.
 
 A row of D channels is held as a tuple of ND blocks of DB channels. The two halves of the row (0 .. ceil(D/2)-1 and the
@@ -50,7 +51,7 @@ def _nearest_bfloat16(x):
 def down(x, DTYPE: tl.constexpr):
     """float32 to `DTYPE`, rounding to nearest even: for stores."""
     if INTERPRET:
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             return (_nearest_bfloat16(x) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
 
@@ -59,7 +60,7 @@ def down(x, DTYPE: tl.constexpr):
 def operand(x, DTYPE: tl.constexpr):
     """float32 or storage to `DTYPE`, for matrix products."""
     if INTERPRET:
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             return _nearest_bfloat16(up(x)).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
