@@ -19,18 +19,19 @@ Programs are independent. The order of all sums is fixed by the configuration (N
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.features import phi, scaled
+from rattention.torch.triton.features import phi_as, scaled
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
     NOWHERE,
     blocks_as,
     dot,
     dot_rows,
+    down,
     load_blocks,
+    load_blocks_again,
     load_state,
     load_values,
     long,
-    store_values,
     up,
 )
 
@@ -108,6 +109,41 @@ def read_state(fq, reads, state, acc, D: tl.constexpr, DB: tl.constexpr, ND: tl.
     return acc
 
 
+@triton.jit
+def column_halves(x):
+    """[R, 2 N] as two tiles [R, N]."""
+    R: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, [R, 2, N]), [0, 2, 1]))
+
+
+@triton.jit
+def mix_columns(x_s, x_l, r_s, r_l, swa_weight, rla_weight, out, rows, heads, inside, live, c0, DV: tl.constexpr,
+                SOFT: tl.constexpr, MIX: tl.constexpr):  # fmt: skip
+    """Columns c0 .. of the mix of both normalised branches, written to `out + rows`. Wide tiles go in halves: beside
+    both accumulators the registers hold no whole tile of weights."""
+    if x_l.shape[1] > 32:
+        s0, s1 = column_halves(x_s)
+        l0, l1 = column_halves(x_l)
+        N: tl.constexpr = x_l.shape[1] // 2
+        mix_columns(s0, l0, r_s, r_l, swa_weight, rla_weight, out, rows, heads, inside, live, c0, DV, SOFT, MIX)
+        mix_columns(s1, l1, r_s, r_l, swa_weight, rla_weight, out, rows, heads, inside, live, c0 + N, DV, SOFT, MIX)
+    else:
+        cols = c0 + tl.arange(0, x_l.shape[1])
+        ok = inside[:, None] & (cols < DV)[None, :]
+        if MIX:
+            at = heads[:, None] * DV + cols[None, :]
+            o = up(tl.load(rla_weight + at, mask=ok, other=0.0)) * (x_l * r_l[:, None])
+            if SOFT:
+                o += up(tl.load(swa_weight + at, mask=ok, other=0.0)) * (x_s * r_s[:, None])
+        elif SOFT:
+            o = x_s
+        else:
+            o = x_l
+        o = tl.where(live[:, None], o, 0.0)
+        tl.store(out + rows[:, None] + cols[None, :], down(o, out.dtype.element_ty), mask=ok)
+
+
 @triton.jit(do_not_specialize=["w"])
 def attend(
     q,  # [B, Tq, Hq, D] storage, by strides
@@ -172,7 +208,7 @@ def attend(
 
     acc_l = tl.zeros([R, DVP], tl.float32)
     if LINEAR or HAS_STATES or HAS_MEMORY:
-        fq = blocks_as(phi(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND), NF, WIDE)
+        fq = phi_as(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
         if HAS_MEMORY:
             m_at = memory + long(h * G + hb * HP) * (F * DV)
             acc_l = read_state(fq, live, m_at, acc_l, D, DB, ND, NF, DV, DVP, WIDE, WIDE_PRECISION)
@@ -188,7 +224,7 @@ def attend(
                 at = long(i)
                 kt = load_blocks(k_at + at * sk_t, keys * sk_t, real, D, DB, ND)
                 vt = load_values(v_at + at * sv_t, keys * sv_t, real, DV, DVP)
-                fk = phi(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND)
+                fk = phi_as(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
                 acc_l = linear_step(fq, fk, vt, behind_window(t, s, n, w), acc_l, NF, WIDE, WIDE_PRECISION)
 
     acc_s = tl.zeros([R, DVP], tl.float32)
@@ -196,9 +232,8 @@ def attend(
     l = tl.zeros([R], tl.float32)
     if SOFT:
         if HAS_ROPE:
-            x = ()
-            for j in tl.static_range(ND):
-                x = x + (up(raw[j]),)
+            # Read again: cheaper than registers held since the feature map.
+            x = scaled(load_blocks_again(q_at, token * sq_t + g * sq_h, live, D, DB, ND), q, False, D, DB, ND)
             position = positions_of(positions, start, b, t, live, Tk, HAS_POSITIONS, HAS_SEGMENTS)
             qr = blocks_as(rotate(x, cos, sin, position, live, M, False, D, DB, ND), ND, NARROW)
         else:
@@ -209,7 +244,7 @@ def attend(
                 at = long(i)
                 kt = load_blocks(k_at + at * sk_t, keys * sk_t, real, D, DB, ND)
                 vt = load_values(v_at + at * sv_t, keys * sv_t, real, DV, DVP)
-                fk = phi(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND)
+                fk = phi_as(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
                 acc_l = linear_step(fq, fk, vt, behind_window(t, s, n, w), acc_l, NF, WIDE, WIDE_PRECISION)
                 if HAS_ROPE:
                     kt = load_blocks(r_at + at * sr_t, keys * sr_t, real, D, DB, ND)
@@ -243,22 +278,14 @@ def attend(
     # -------------------------------------------------------------- epilogue
     r_s = tl.zeros([R], tl.float32)
     r_l = tl.zeros([R], tl.float32)
-    o = acc_s
     if MIX:
-        w_cols = tl.arange(0, DVP)
-        w_at = ((h * G + g) * DV)[:, None] + w_cols[None, :]
-        w_ok = inside[:, None] & (w_cols < DV)[None, :]
         r_l = tl.rsqrt(tl.sum(acc_l * acc_l, axis=1) / DV + eps)
-        o = up(tl.load(rla_weight + w_at, mask=w_ok, other=0.0)) * (acc_l * r_l[:, None])
         if SOFT:
             r_s = tl.rsqrt(tl.sum(acc_s * acc_s, axis=1) / DV + eps)
-            o += up(tl.load(swa_weight + w_at, mask=w_ok, other=0.0)) * (acc_s * r_s[:, None])
-    elif not SOFT:
-        o = acc_l
-    o = tl.where(live[:, None], o, 0.0)
     Hq = Hkv * G
     o_at = out + ((b * Tq + tile * C) * Hq + h * G) * DV
-    store_values(o_at, (token * Hq + g) * DV, inside, o, DV, DVP)
+    o_rows = (token * Hq + g) * DV
+    mix_columns(acc_s, acc_l, r_s, r_l, swa_weight, rla_weight, o_at, o_rows, h * G + g, inside, live, 0, DV, SOFT, MIX)
     rows_at = stats + (b * Hq + h * G) * Tq + tile * C + long(g) * Tq + token
     plane = long(B) * Hq * Tq
     tl.store(rows_at, tl.where(live, m, 0.0), mask=inside)

@@ -37,11 +37,11 @@ class Config:
 
 
 INTERPRETER = Config(
-    attend=Tile(64, 32, 1, 1),
-    query_grad=Tile(64, 32, 1, 1),
-    key_grad=Tile(64, 32, 1, 1),
-    states=Tile(64, 32, 1, 1),
-    decode=Tile(16, 32, 1, 1),
+    attend=Tile(128, 64, 1, 1),
+    query_grad=Tile(128, 64, 1, 1),
+    key_grad=Tile(128, 64, 1, 1),
+    states=Tile(64, 64, 1, 1),
+    decode=Tile(16, 64, 1, 1),
     values=256,
     chunk=64,
     elements=65536,

@@ -21,7 +21,7 @@ of this step reads, so nothing is read and written in one step.
 import triton
 import triton.language as tl
 from rattention.torch.triton.attention import scores, softmax_step
-from rattention.torch.triton.features import phi, scaled
+from rattention.torch.triton.features import phi, phi_as, scaled
 from rattention.torch.triton.rotary import rotate
 from rattention.torch.triton.tiles import (
     blocks_as,
@@ -109,7 +109,7 @@ def decode(
     f_old = phi(scaled(k_old, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND)
 
     # -------------------------------------------------------------- state: read once, written once
-    fq = blocks_as(phi(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND), NF, WIDE)
+    fq = phi_as(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
     acc_l = tl.zeros([R, DVP], tl.float32)
     s_at = (b * Hkv + h) * (F * DV)
     for j in tl.static_range(NF):

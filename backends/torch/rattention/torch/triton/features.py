@@ -9,7 +9,7 @@ feature_map and feature_map_grad: one program per BN rows; each reads D (+ F) el
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.tiles import column, down, load_block, load_blocks, long, store_blocks, up
+from rattention.torch.triton.tiles import blocks_as, column, down, load_block, load_blocks, long, store_blocks, up
 
 
 @triton.jit
@@ -62,6 +62,18 @@ def phi(x, MAP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexp
         return positive + negative
     else:
         return x
+
+
+@triton.jit
+def phi_as(x, MAP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr, DTYPE: tl.constexpr):
+    """phi of float32 blocks, each half rounded to the operand dtype before the other is begun: fewer live registers."""
+    if MAP == "softmax":
+        positive = blocks_as(_softmax(x, False, D, DB, ND), ND, DTYPE)
+        return positive + blocks_as(_softmax(x, True, D, DB, ND), ND, DTYPE)
+    elif MAP == "relu":
+        return blocks_as(phi(x, MAP, D, DB, ND), 2 * ND, DTYPE)
+    else:
+        return blocks_as(x, ND, DTYPE)
 
 
 @triton.jit

@@ -15,13 +15,12 @@ w + N + BN queries and G heads, q (rotated and not), dx_s, dx_l and two floats; 
 import triton
 import triton.language as tl
 from rattention.torch.triton.attention import behind_window, in_window, key_rows, read_state, scores
-from rattention.torch.triton.features import phi, phi_grad, scaled
+from rattention.torch.triton.features import phi, phi_as, phi_grad, scaled
 from rattention.torch.triton.query_grad import column_sums, state_grad
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
     NOWHERE,
     add_weighted,
-    blocks_as,
     dot,
     dot_rows,
     load_blocks,
@@ -99,7 +98,7 @@ def key_grad(
     gk = zero_blocks(BN, DB, ND)
     if LINEAR:
         x = scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND)
-        fk = blocks_as(phi(x, MAP, D, DB, ND), NF, WIDE)
+        fk = phi_as(x, MAP, D, DB, ND, WIDE)
         df = zero_blocks(BN, DB, NF)
         c = i0 // N
         if HAS_GRADS:
@@ -130,7 +129,7 @@ def key_grad(
                 s, live = query_rows(t, g, hi, G, start, b, Tk, HAS_SEGMENTS)
                 qi = long(at - offset)
                 qt = load_blocks(q_at + qi * sq_t, token * sq_t + g * sq_h, live, D, DB, ND)
-                fq = blocks_as(phi(scaled(qt, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND), NF, WIDE)
+                fq = phi_as(scaled(qt, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
                 dl = load_values(dx_l + o_at + qi * (Hq * DV), (token * Hq + g) * DV, live, DV, DVP)
                 mask = behind_window(t, s, n, w) & live[:, None]
                 a = tl.where(mask, dot_rows(fq, fk, NF, WIDE, WIDE_PRECISION), 0.0)

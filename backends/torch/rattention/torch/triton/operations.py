@@ -52,7 +52,7 @@ def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _weights(like: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Weights in float32 or the storage dtype of `like`: autocast upstream may have made them the other 16-bit dtype."""
+    """Weights in float32 or the dtype of `like`: autocast upstream may have made them the other 16-bit dtype."""
     allowed = (torch.float32, like.dtype)
     return tuple(x if x is None or x.dtype in allowed else x.to(torch.float32) for x in tensors)
 

@@ -26,7 +26,7 @@ from rattention.torch.triton.attention import (
     scores,
     tile_borders,
 )
-from rattention.torch.triton.features import phi, phi_grad, scaled
+from rattention.torch.triton.features import phi, phi_as, phi_grad, scaled
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
     NOWHERE,
@@ -164,7 +164,7 @@ def query_grad(
     if MIX:
         x = tl.zeros([R, DVP], tl.float32)
         if READS:
-            fq = blocks_as(phi(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND), NF, WIDE)
+            fq = phi_as(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
             if HAS_MEMORY:
                 x = read_state(fq, live, m_at, x, D, DB, ND, NF, DV, DVP, WIDE, WIDE_PRECISION)
             if HAS_STATES:
@@ -174,7 +174,7 @@ def query_grad(
                     n, real = key_rows(i, start, b, Tk, BN, HAS_SEGMENTS)
                     kt = load_blocks(k_at + long(i) * sk_t, keys * sk_t, real, D, DB, ND)
                     vt = load_values(v_at + long(i) * sv_t, keys * sv_t, real, DV, DVP)
-                    fk = phi(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND)
+                    fk = phi_as(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
                     x = linear_step(fq, fk, vt, behind_window(t, s, n, w), x, NF, WIDE, WIDE_PRECISION)
         r = tl.load(stats + 2 * plane + rows_at, mask=live, other=0.0)
         weight = up(tl.load(rla_weight + w_at, mask=w_ok, other=0.0))
@@ -229,7 +229,7 @@ def query_grad(
                 n, real = key_rows(i, start, b, Tk, BN, HAS_SEGMENTS)
                 kt = load_blocks(k_at + long(i) * sk_t, keys * sk_t, real, D, DB, ND)
                 vt = load_values(v_at + long(i) * sv_t, keys * sv_t, real, DV, DVP)
-                fk = phi(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND)
+                fk = phi_as(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
                 zero = tl.zeros([R, BN], tl.float32)
                 da = dot(dl, tl.trans(operand(vt, WIDE)), zero, WIDE, WIDE_PRECISION)
                 da = tl.where(behind_window(t, s, n, w), da, 0.0)

@@ -104,6 +104,17 @@ def load_blocks(base, rows, live, D: tl.constexpr, DB: tl.constexpr, ND: tl.cons
 
 
 @triton.jit
+def load_blocks_again(base, rows, live, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr):
+    """`load_blocks` that the compiler does not merge with an earlier one: its registers were given up in between."""
+    out = ()
+    for j in tl.static_range(ND):
+        cols, real = column(j, D, DB, ND)
+        at = base + rows[:, None] + cols[None, :]
+        out = out + (tl.load(at, mask=live[:, None] & real[None, :], other=0.0, eviction_policy="evict_first"),)
+    return out
+
+
+@triton.jit
 def store_blocks(base, rows, live, x, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr):
     """Write float32 blocks, rounded once to the dtype of the memory behind `base`."""
     for j in tl.static_range(ND):
