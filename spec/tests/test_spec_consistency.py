@@ -215,7 +215,7 @@ def test_adapters_describe_themselves_in_the_words_of_the_spec(framework: str): 
     backend_module(framework)
     about = importlib.import_module(f"rattention.{framework}.adapter").backend.describe()
     keys = {"name", "version", "spec_version", "operations", "dtypes", "capabilities", "tile_sizes", "limits"}
-    assert keys <= set(about) <= keys | {"kernels"}
+    assert keys <= set(about) <= keys | {"kernels", "cost"}
     assert about["spec_version"] == SPEC.version
     assert set(about["operations"]) <= set(SPEC.operations)
     assert set(about["dtypes"]) <= set(SPEC.storage_dtypes)

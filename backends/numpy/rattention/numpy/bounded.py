@@ -12,7 +12,9 @@ errors of one relative sign would do.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,28 +42,22 @@ class Bounded:
         value: float64.
         var: variance of the error, of the shape of value, or 0.0 where exact.
         stored: it is an input in the storage dtype, moved but not computed on: as an operand it is exact.
-        size: bound on the sum of magnitudes behind each element; None means |value|.
-        spread: root of the sum of squares behind each element; None means |value|.
+        product: how it was made, if an implementation may contract it in another order; else None.
     """
 
     __array_ufunc__ = None  # NumPy arrays on the left defer to the operators here
-    __slots__ = ("size", "space", "spread", "stored", "value", "var")
+    __slots__ = ("product", "space", "stored", "value", "var")
 
-    def __init__(
-        self, space: Space, value: Any, var: Any = 0.0, stored: bool = False, size: Any = None, spread: Any = None
-    ):
-        self.space, self.value, self.var, self.stored = space, value, var, stored
-        self.size, self.spread = size, spread
+    def __init__(self, space: Space, value: Any, var: Any = 0.0, stored: bool = False, product: Product | None = None):
+        self.space, self.value, self.var, self.stored, self.product = space, value, var, stored, product
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.value.shape
 
     def _moved(self, f: Callable[[np.ndarray], np.ndarray]) -> Bounded:
-        def g(x: Any) -> Any:
-            return f(x) if isinstance(x, np.ndarray) else x
-
-        return Bounded(self.space, f(self.value), g(self.var), self.stored, g(self.size), g(self.spread))
+        var = f(self.var) if isinstance(self.var, np.ndarray) else self.var
+        return Bounded(self.space, f(self.value), var, self.stored)
 
     def __getitem__(self, index: Any) -> Bounded:
         return self._moved(lambda x: x[index])
@@ -70,10 +66,13 @@ class Bounded:
         return self._moved(lambda x: x.reshape(*shape))
 
     def swapaxes(self, one: int, other: int) -> Bounded:
-        return self._moved(lambda x: x.swapaxes(one, other))
+        moved = self._moved(lambda x: x.swapaxes(one, other))
+        if self.product is not None:
+            moved.product = Product(self.product.right.swapaxes(one, other), self.product.left.swapaxes(one, other))
+        return moved
 
     def __neg__(self) -> Bounded:
-        return Bounded(self.space, -self.value, self.var, self.stored, self.size, self.spread)
+        return Bounded(self.space, -self.value, self.var, self.stored)
 
     def __add__(self, other: Any) -> Bounded:
         other = self.space.of(other)
@@ -90,6 +89,35 @@ class Bounded:
         return self.space.rounded(self.value * other.value, var, 1.0 if other.value.ndim else 2.0)
 
     __radd__, __rmul__ = __add__, __mul__
+
+
+@dataclass(frozen=True)
+class Product:
+    """left @ right, both finite: [..., T, F] and [..., F, S]."""
+
+    left: np.ndarray
+    right: np.ndarray
+
+    def coherence(self, v: np.ndarray) -> np.ndarray:
+        """How much larger the states right @ v are than if their terms had random signs, [..., 1, Dv], at least 1.
+
+        The largest of a few prefixes and suffixes, in energy, summed over F.
+        """
+        S = v.shape[-2]
+        cuts = np.linspace(0, S, min(S, 8) + 1).astype(int)
+        energy, terms = [], []
+        for start, stop in itertools.pairwise(cuts):
+            right, rows = self.right[..., start:stop], v[..., start:stop, :]
+            energy.append(right @ rows)
+            terms.append(np.square(right) @ np.square(rows))
+        if not energy:
+            return np.ones(())
+        worst = np.ones(())
+        for order in (slice(None), slice(None, None, -1)):
+            states = np.square(np.cumsum(np.stack(energy[order]), 0)).sum(-2, keepdims=True)
+            alone = np.cumsum(np.stack(terms[order]), 0).sum(-2, keepdims=True)
+            worst = np.maximum(worst, (states / np.where(alone > 0, alone, 1.0)).max(0))
+        return worst
 
 
 def _finite(x: np.ndarray) -> np.ndarray:
@@ -123,10 +151,8 @@ class Space:
         return Bounded(self, value, var + own * np.square(_finite(value)))
 
     def where(self, mask: np.ndarray, x: Bounded) -> Bounded:
-        def select(y: Any) -> Any:
-            return np.where(mask, y, 0.0) if isinstance(y, np.ndarray) else y
-
-        return Bounded(self, select(x.value), select(x.var), x.stored, select(x.size), select(x.spread))
+        var = np.where(mask, x.var, 0.0) if isinstance(x.var, np.ndarray) else x.var
+        return Bounded(self, np.where(mask, x.value, 0.0), var, x.stored)
 
     def concat(self, parts: Sequence[Bounded], axis: int) -> Bounded:
         value = np.concatenate([p.value for p in parts], axis)
@@ -168,13 +194,20 @@ class Space:
         var, deviation = x.var, np.sqrt(x.var)
         if self.operand_u and not x.stored:
             size = np.abs(value)
-            fresh = self.operand_u * (size if x.spread is None else np.maximum(size, x.spread))
-            fresh = fresh + self.operand_tiny * (size > 0)
+            fresh = self.operand_u * size + self.operand_tiny * (size > 0)
             var = var + np.square(fresh * UNIFORM)
             deviation = deviation + fresh / LAMBDA
         if not isinstance(var, np.ndarray):
             return value, 0.0, 0.0
         return value, var, np.copysign(deviation, value)
+
+    def shared(self, x: Bounded, n: Any) -> Bounded:
+        """An error common to n entries adds up with one sign where their sum is taken: n times its variance each."""
+        return Bounded(self, x.value, x.var * n)
+
+    def carried(self, x: Bounded, n: Any) -> Bounded:
+        """A recurrence starts from the carried state, so that each of n additions rounds at its size too."""
+        return Bounded(self, x.value, x.var + np.square(self.accumulation(n) * np.abs(_finite(x.value))))
 
     def inner(self, a: Bounded, b: Bounded) -> Bounded:
         (x, vx, dx), (y, vy, dy) = self._operand(a), self._operand(b)
@@ -185,25 +218,42 @@ class Space:
 
     def matmul(self, a: Bounded, b: Bounded, mask: np.ndarray | None = None, regroup: bool = False) -> Bounded:
         value = exact.matmul(a.value, b.value, mask)
+        product = a.product
         if mask is not None:
             a = self.where(mask, a)
         (x, vx, dx), (y, vy, dy) = self._operand(a), self._operand(b)
-        size = (np.abs(x) if a.size is None else _finite(a.size)) @ (np.abs(y) if b.size is None else _finite(b.size))
         n = x.shape[-1] if mask is None else mask.sum(-1, keepdims=True)
-        var = np.square(self.accumulation(n) * size)
-        squares = [np.square(x), np.square(y)]
+        squares = np.square(y)
+        sizes = np.abs(x) if product is None else np.abs(product.left) @ np.abs(product.right)
+        if product is not None and mask is not None:
+            sizes = np.where(mask, sizes, 0.0)
+        var = np.square(self.accumulation(n) * (sizes @ np.abs(y)))
         together: Any = 0.0
+        if product is not None and self.operand_u:
+            var += self._state(product, y, mask, n)
         if isinstance(vy, np.ndarray):
-            var += squares[0] @ vy
-            squares[1] = squares[1] + vy
+            var += np.square(x) @ vy
+            squares = squares + vy
             together = np.abs(x @ dy)
         if isinstance(vx, np.ndarray):
-            var += vx @ squares[1]
+            var += vx @ squares
             together = together + np.abs(dx @ y)
         var += np.square(together)
-        if not regroup:
-            return Bounded(self, value, var)
-        return Bounded(self, value, var, size=size, spread=np.sqrt(np.square(x) @ np.square(y)))
+        return Bounded(self, value, var, product=Product(x, y) if regroup else None)
+
+    def _state(self, product: Product, v: np.ndarray, mask: np.ndarray | None, n: Any) -> np.ndarray:
+        """Variance of (left right) v where right v, a state, is rounded as the operand."""
+        terms = np.square(product.left) @ np.square(product.right)
+        if mask is not None:
+            terms = np.where(mask, terms, 0.0)
+        relative = (terms @ np.square(v)) * product.coherence(v) * self.operand_u**2
+        # Near zero the rounding error is absolute, and one for all features where they are alike.
+        apart, alike = (
+            np.square(product.left).sum(-1, keepdims=True),
+            np.square(np.abs(product.left).sum(-1, keepdims=True)),
+        )
+        floor = (apart + alike * (3.0 / LAMBDA**2)) * (np.asarray(n) > 0) * self.operand_tiny**2
+        return (relative + floor) * UNIFORM**2
 
     # -------------------------------------------------------------------------------------------- softmax
 
@@ -233,7 +283,8 @@ class Space:
             D = LAMBDA * np.sqrt(var + np.where(rest > 0, others, 0.0))
             odds = (z - top) - np.log(rest * np.where(total == 0, 1.0, total))
             high, low = 1 / (1 + np.exp(-(odds + D))), 1 / (1 + np.exp(-(odds - D)))
-            far = np.maximum(high - clean, clean - low)
+            # Far off, what one weight gains another loses: with opposite values their errors add, not in squares.
+            far = np.maximum(high - clean, clean - low) * np.sqrt(2.0)
             error = np.where(D < 1, clean * rest * np.expm1(np.minimum(D, 1.0)), far) / LAMBDA
             error = np.where(seen & (rest > 0), error, 0.0)
             own = clean * (EXP * 2 * self.u + self.accumulation(n))

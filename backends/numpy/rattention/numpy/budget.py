@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from rattention.numpy import quadratic
+from rattention.numpy import emulated, quadratic
 from rattention.numpy.bounded import LAMBDA, Bounded, Space
 from rattention.numpy.storage import DTYPES, PRECISION
 from rattention.numpy.tables import angles
@@ -18,6 +18,12 @@ from rattention.spec import Call, dtype_name
 
 PIECE = 2_000_000
 """Pairs of query head, query and key that are evaluated at once; larger calls go by row, then by key/value head."""
+
+STRETCHES = (1.0, 0.73)
+"""The emulated machines round operands of matrix products as they are, and scaled by a factor of no significance."""
+
+SAMPLES = 2.0
+"""Times an emulated machine's error that a budget spans."""
 
 TABLE_ULPS = 1.0
 """Ulps of float32 that an entry of a rotary table may be off."""
@@ -46,38 +52,56 @@ def evaluate(op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> d
     if op == "rope_table":
         return _tables(call, given)
     space = Space(call.storage)
+    half = call.storage in ("float16", "bfloat16")
+    machines = [emulated.Space(call.storage, stretch=s) for s in STRETCHES] if half else []
     sums: dict[str, _Sum] = {}
-    pieces = list(_pieces(call, given))
-    for piece, at in pieces:
+    for piece, at in _pieces(call, given):
         part = quadratic.check(op, piece, attrs)
-        with np.errstate(under="ignore", over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             outputs = quadratic.evaluate(space, part, quadratic.lift(space, part, piece))
+            rounded = [quadratic.evaluate(m, part, quadratic.lift(m, part, piece)) for m in machines]
         for o in call.operation.outputs:
             if o.name in outputs:
-                whole = sums.setdefault(o.name, _Sum(call.output_shapes()[o.name]))
-                whole.add(tuple(at.get(s, slice(None)) for s in o.shape), outputs[o.name])
+                whole = sums.setdefault(o.name, _Sum(call.output_shapes()[o.name], len(machines)))
+                where = tuple(at.get(s, slice(None)) for s in o.shape)
+                whole.add(where, outputs[o.name], [r[o.name] for r in rounded])
     return {name: _finish(s, dtypes[name]) for name, s in sums.items()}
 
 
 class _Sum:
     """An output put together from pieces; where pieces overlap, as in the gradient of a shared weight, they add up."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], machines: int):
         self.value, self.deviation = np.zeros(shape), np.zeros(shape)
+        self.emulated = [np.zeros(shape) for _ in range(machines)]
         self.stored = True
 
-    def add(self, at: tuple[slice, ...], x: Bounded | np.ndarray) -> None:
+    def add(self, at: tuple[slice, ...], x: Bounded | np.ndarray, emulated: list[np.ndarray]) -> None:
         if isinstance(x, np.ndarray):
             self.value[at] = x
             return
         self.value[at] += x.value
         self.deviation[at] += np.sqrt(x.var)  # not in squares: errors of pieces may be coherent
         self.stored &= x.stored
+        for whole, part in zip(self.emulated, emulated, strict=True):
+            whole[at] += part
+
+    def error(self) -> np.ndarray:
+        """LAMBDA deviations, and SAMPLES times what the emulated machines are off: at the element, or in the mean of
+        its row, since one element may be right by chance."""
+        error = LAMBDA * self.deviation
+        for got in self.emulated:
+            with np.errstate(invalid="ignore"):
+                off = np.abs(got - self.value)
+            off = np.where(np.isfinite(off), off, 0.0)
+            row = np.sqrt(np.mean(np.square(off), -1, keepdims=True)) if off.size else off
+            error = np.maximum(error, LAMBDA * self.deviation + SAMPLES * np.maximum(off, row))
+        return np.where(self.deviation > 0, error, 0.0)
 
 
 def _finish(total: _Sum, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Add the rounding to the output's dtype."""
-    value, error = total.value, LAMBDA * total.deviation
+    value, error = total.value, total.error()
     if dtype not in DTYPES or total.stored:
         return value, np.zeros_like(value)
     precision = PRECISION[dtype]

@@ -79,7 +79,7 @@ def _rms_mix(xp: Any, call: Call, t: dict[str, Array], vjp: bool) -> dict[str, A
         return {"out": br.rms_mix(xp, t["swa"], t["rla"], t["swa_weight"], t["rla_weight"], eps)}
     outputs = {}
     for branch in ("swa", "rla"):
-        d_x, d_weight = br.rms_mix_vjp(xp, t[branch], t[f"{branch}_weight"], eps, t["d_out"])
+        d_x, d_weight = br.rms_mix_vjp(xp, t[branch], t[f"{branch}_weight"], eps, t["d_out"], False)
         outputs |= {f"d_{branch}": d_x, f"d_{branch}_weight": xp.sum(d_weight, (0, 1))}
     return outputs
 
@@ -176,7 +176,7 @@ def _attention(xp: Any, call: Call, t: dict[str, Array], vjp: bool) -> dict[str,
         parts = {}
         for branch, x in (("swa", swa), ("rla", rla)):
             weight = gains(t[f"{branch}_weight"], N)
-            parts[branch], d_weight = br.rms_mix_vjp(xp, x, weight, attrs["eps"], d_out)
+            parts[branch], d_weight = br.rms_mix_vjp(xp, x, weight, attrs["eps"], d_out, True)
             d_weight = xp.sum(d_weight, (0, 3))
             grads[f"d_{branch}_weight"] = d_weight.reshape(dims["Hq"], dims["Dv"])
         d_swa, d_rla = parts["swa"], parts["rla"]
