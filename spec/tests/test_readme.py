@@ -7,6 +7,8 @@ import json
 import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,23 @@ def test_the_backend_of_contributing_is_a_backend():
         assert out.shape[-1] == (3 if kind == "identity" else 6)
     with pytest.raises(Unsupported):
         port.run("feature_map", {"x": x.astype(np.float16)}, {})
+
+
+def test_the_backend_of_contributing_conforms(tmp_path: Path):
+    if importlib.util.find_spec("rattention.conformance") is None or importlib.util.find_spec("hypothesis") is None:
+        pytest.skip("rattention.conformance is not installed")
+    port = tmp_path / "port.py"
+    port.write_text(next(code for name, _, code in blocks() if name == "CONTRIBUTING.md"), encoding="utf-8")
+    command = "from rattention.conformance.cli import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", command, "conform", f"{port}:backend", "--profile", "smoke", "--seed", "1"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_the_figure_is_what_its_script_draws():

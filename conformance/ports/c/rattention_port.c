@@ -66,7 +66,10 @@ static char *parse_string(void) {
     if (c) at++;
     if (c == 'u') {
       unsigned u = hex4();
-      if (u >= 0xD800 && u < 0xDC00 && at[0] == '\\' && at[1] == 'u') { at += 2; u = 0x10000 + ((u - 0xD800) << 10) + (hex4() - 0xDC00); }
+      if (u >= 0xD800 && u < 0xDC00 && at[0] == '\\' && at[1] == 'u') {
+        at += 2;
+        u = 0x10000 + ((u - 0xD800) << 10) + (hex4() - 0xDC00);
+      }
       out = utf8(out, u);
     } else *out++ = c == 'n' ? '\n' : c == 't' ? '\t' : c == 'r' ? '\r' : c == 'b' ? '\b' : c == 'f' ? '\f' : c;
   }
@@ -220,16 +223,18 @@ static const char *load(const char *path, Tensors *all) {
 static const char *save(const char *path, Tensors *all) {
   char header[8192];
   size_t length = 0, offset = 0;
-  length += (size_t)snprintf(header, sizeof header, "{");
+#define PRINT(...) length += (size_t)snprintf(header + length, sizeof header - length, __VA_ARGS__)
+  PRINT("{");
   for (int n = 0; n < all->count; n++) {
     Tensor *t = &all->t[n];
     size_t bytes = (size_t)t->count * (size_t)WIDTHS[t->dtype];
-    length += (size_t)snprintf(header + length, sizeof header - length, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", n ? "," : "", t->name, CODES[t->dtype]);
-    for (int a = 0; a < t->rank; a++) length += (size_t)snprintf(header + length, sizeof header - length, "%s%ld", a ? "," : "", t->shape[a]);
-    length += (size_t)snprintf(header + length, sizeof header - length, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
+    PRINT("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", n ? "," : "", t->name, CODES[t->dtype]);
+    for (int a = 0; a < t->rank; a++) PRINT("%s%ld", a ? "," : "", t->shape[a]);
+    PRINT("],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
     offset += bytes;
   }
-  length += (size_t)snprintf(header + length, sizeof header - length, "}");
+  PRINT("}");
+#undef PRINT
   while (length % 8) header[length++] = ' ';
   FILE *file = fopen(path, "wb");
   if (!file) return "cannot write the tensor file";
@@ -390,7 +395,8 @@ static void attention(Tensors *in, Tensors *out, const Attributes *a, int near, 
       }
       last = c;
       if (c < W) continue;
-      for (; far && w != NONE && folded <= c - w - 1; folded++) fold(S, phi + folded * F, values + folded * Dv, F, Dv); /* RLA-1 */
+      for (; far && w != NONE && folded <= c - w - 1; folded++) /* RLA-1 */
+        fold(S, phi + folded * F, values + folded * Dv, F, Dv);
       long first = c - r.index[c] > 0 ? c - r.index[c] : 0; /* of the document, or of the cache */
       while (r.document[first] != document) first++;        /* unused slots */
       long begin = w == NONE || c - w < first ? first : c - w; /* SWA-1 */
@@ -432,7 +438,8 @@ static void attention(Tensors *in, Tensors *out, const Attributes *a, int near, 
       }
     }
     long keep = w == NONE ? N : w < 0 ? 0 : w; /* tokens that stay out of the state (RLA-6, RLA-9, EXT-5) */
-    for (; far && w != NONE && last >= 0 && folded <= last - keep; folded++) fold(S, phi + folded * F, values + folded * Dv, F, Dv);
+    for (; far && w != NONE && last >= 0 && folded <= last - keep; folded++)
+      fold(S, phi + folded * F, values + folded * Dv, F, Dv);
     if (far) memcpy(state->x + (b * Hkv + h) * F * Dv, S, sizeof(float) * (size_t)(F * Dv));
     if (extend) { /* EXT-4: the newest last, zeros on the left */
       Tensor *lengths = find(in, "lengths");
@@ -470,4 +477,92 @@ static void rms_mix_op(Tensors *in, Tensors *out, const Attributes *a) {
     for (int e = 0; e < Dv; e++)
       y->x[i * Dv + e] = ws->x[i % H * Dv + e] * (s[e] * rs) + wr->x[i % H * Dv + e] * (r[e] * rr);
   }
+}
+
+/* ------------------------------------------------------------------------------------------------ protocol */
+
+static const char *const DESCRIBE =
+    "{\"reply\":\"describe\",\"protocol\":1,\"describe\":{"
+    "\"name\":\"c-scalar\",\"version\":\"1\",\"spec_version\":\"1.0.0-draft.1\","
+    "\"operations\":[\"feature_map\",\"sliding_window_attention\",\"residual_linear_attention\",\"rms_mix\","
+    "\"rattention\",\"rattention_extend\"],"
+    "\"dtypes\":[\"float32\",\"bfloat16\",\"float16\"],"
+    "\"capabilities\":[\"rope\",\"positions\",\"segments\",\"scales\",\"memory\",\"initial_state\",\"cache\","
+    "\"lengths\"],"
+    "\"tile_sizes\":{\"T\":[],\"window\":[],\"D\":[]},\"limits\":{}}}";
+
+static void print_string(const char *text) {
+  putchar('"');
+  for (; *text; text++) {
+    if (*text == '"' || *text == '\\') putchar('\\'), putchar(*text);
+    else if ((unsigned char)*text < 32) printf("\\u%04x", *text);
+    else putchar(*text);
+  }
+  putchar('"');
+}
+
+static Attributes attributes_of(Json *j) {
+  Attributes a = {0, SOFTMAX, 0, 1e-6f, 0};
+  Json *window = member(j, "window"), *scale = member(j, "scale"), *eps = member(j, "eps");
+  const char *map = string_of(j, "feature_map");
+  a.window = window && window->kind == NUMBER ? (long)window->number : NONE;
+  if (scale && scale->kind == NUMBER) a.scale = (float)scale->number, a.has_scale = 1;
+  if (eps) a.eps = (float)eps->number;
+  a.map = !strcmp(map, "relu") ? RELU : !strcmp(map, "identity") ? IDENTITY : SOFTMAX;
+  return a;
+}
+
+/* One call: NULL, or a reason why the reply is `unsupported`. */
+static const char *run(Json *request, Tensors *in, Tensors *out) {
+  const char *op = string_of(request, "op");
+  Attributes a = attributes_of(member(request, "attrs"));
+  if (!strcmp(op, "feature_map")) feature_map_op(in, out, &a);
+  else if (!strcmp(op, "rms_mix")) rms_mix_op(in, out, &a);
+  else if (!strcmp(op, "sliding_window_attention")) attention(in, out, &a, 1, 0, 0);
+  else if (!strcmp(op, "residual_linear_attention")) attention(in, out, &a, 0, 1, 0);
+  else if (!strcmp(op, "rattention")) attention(in, out, &a, 1, 1, 0);
+  else if (!strcmp(op, "rattention_extend")) attention(in, out, &a, 1, 1, 1);
+  else return "the operation is not part of this port";
+  return NULL;
+}
+
+static char *read_line(void) {
+  size_t size = 4096, length = 0;
+  char *line = need(size);
+  while (fgets(line + length, (int)(size - length), stdin)) {
+    length += strlen(line + length);
+    if (length && line[length - 1] == '\n') return line;
+    if (!(line = realloc(line, size *= 2))) exit(1);
+  }
+  free(line);
+  return NULL;
+}
+
+int main(void) {
+  char *line;
+  while ((line = read_line())) {
+    Json *request = read_json(line);
+    const char *command = string_of(request, "cmd");
+    if (!strcmp(command, "stop")) return 0;
+    if (!strcmp(command, "start")) puts(DESCRIBE);
+    else if (!strcmp(command, "run")) {
+      static Tensors in, out;
+      long id = member(request, "id") ? (long)member(request, "id")->number : 0;
+      const char *fault = load(string_of(request, "tensors"), &in), *reason = NULL;
+      if (!fault && !(reason = run(request, &in, &out))) fault = save(string_of(request, "outputs"), &out);
+      if (fault || reason) {
+        const char *reply = fault ? "error" : "unsupported", *field = fault ? "message" : "reason";
+        printf("{\"reply\":\"%s\",\"id\":%ld,\"%s\":", reply, id, field);
+        print_string(fault ? fault : reason);
+        puts("}");
+      } else printf("{\"reply\":\"result\",\"id\":%ld,\"metadata\":{\"path\":\"scalar\",\"kernels\":[]}}\n", id);
+      release(&in), release(&out);
+    } else {
+      printf("{\"reply\":\"error\",\"message\":\"unknown command\"}\n");
+    }
+    fflush(stdout);
+    discard(request);
+    free(line);
+  }
+  return 0;
 }

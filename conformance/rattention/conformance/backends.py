@@ -20,6 +20,7 @@ BUILT_IN = {
     "jax": "rattention.jax.adapter:backend",
     "jax-pallas": "rattention.jax.pallas_adapter:backend",
     "onnx": "rattention.conformance.oracles.onnx_backend:backend",
+    "onnxruntime": "rattention.conformance.oracles.onnx_backend:runtime",
 }
 """Used where the distribution is not installed and so has no entry points."""
 

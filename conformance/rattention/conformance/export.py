@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from rattention.conformance import vectors
@@ -13,7 +14,7 @@ from rattention.spec import load
 
 
 def export(folder: Path, profile: str, seed: int) -> int:
-    """Write the agreement cases of a profile; returns how many."""
+    """Write the agreement cases of a profile, and where onnx is installed their graphs; returns how many cases."""
     plan, oracle = make_plan(profile, seed, {"name": "export"}), Oracle()
     prop = REGISTRY["agreement"]
     cases: dict[str, Case] = {}
@@ -27,4 +28,8 @@ def export(folder: Path, profile: str, seed: int) -> int:
         cases[f"{case.op.replace('.', '-')}-{i:04d}"] = case
     about = {"about": "generated cases with the reference's answers", "spec_version": load().version, "seed": seed}
     vectors.save_set(folder, cases, {**about, "profile": profile})
+    if importlib.util.find_spec("onnx"):
+        from rattention.conformance.oracles.export import export_graphs
+
+        export_graphs(folder / "onnx", cases.values())
     return len(cases)

@@ -202,6 +202,10 @@ class Space:
         """An error common to n entries adds up with one sign where their sum is taken: n times its variance each."""
         return Bounded(self, x.value, x.var * n)
 
+    def carried(self, x: Bounded, n: Any) -> Bounded:
+        """A recurrence starts from the carried state, so that each of n additions rounds at its size too."""
+        return Bounded(self, x.value, x.var + np.square(self.accumulation(n) * np.abs(_finite(x.value))))
+
     def inner(self, a: Bounded, b: Bounded) -> Bounded:
         (x, vx, dx), (y, vy, dy) = self._operand(a), self._operand(b)
         var = np.sum(x * x * vy + (y * y + vy) * vx, -1, keepdims=True)

@@ -34,7 +34,7 @@ class Port:
             "spec_version": spec.version,
             "operations": list(spec.operations),
             "dtypes": list(spec.storage_dtypes),
-            "capabilities": ["segments", "cache", "memory"],
+            "capabilities": list(spec.capabilities),
             "tile_sizes": {"T": [64], "window": [64], "D": [16]},
             "limits": {},
         }

@@ -151,11 +151,12 @@ class _Sequence:
     # -------------------------------------------------------------------------------------------- softmax branch
 
     def rotated(self, x: str, rows: str) -> str:
-        """ROPE-3 on [B, H, T, D]. One more row keeps an empty table legal where no token is live."""
+        """ROPE-3 on [B, H, T, D]. The operator wants a row per token, so zeros are added for inert ones."""
         g, t = self.g, self.t
         if "rope_cos" not in t:
             return x
-        spare = np.zeros((1, self.call.dims["D/2"]), np.float32)
+        half = [self.call.dims["D/2"]]
+        spare = g("ConstantOfShape", g("Concat", g("Unsqueeze", self.N, [0]), half, axis=0))
         cos, sin = (g("Concat", t[name], spare, axis=0) for name in ("rope_cos", "rope_sin"))
         return g("RotaryEmbedding", x, cos, sin, rows, interleaved=0)
 
