@@ -109,6 +109,7 @@ def test_a_bad_answer_fails_its_case_alone(port, opened, mischief, text, clause)
 def test_an_undeclared_operation_is_refused_by_the_client(port, opened):
     opened.append(p := Port(port()))
     p.describe()
+    assert p.about is not None
     p.about["operations"] = ["feature_map"]
     with pytest.raises(Unsupported):
         p.run("rope_table", {"positions": np.zeros(1, np.int32)}, {"head_dim": 2})

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from rattention.conformance.badcalls import bad_call, bad_names
+from rattention.conformance.badcalls import bad_call, bad_names, base_call
 from rattention.conformance.case import Case
-from rattention.conformance.context import Context
+from rattention.conformance.context import Context, PortFailure, storage_of
 from rattention.conformance.features import exercised
 from rattention.conformance.judge import Violation
 from rattention.conformance.properties.base import register
