@@ -16,7 +16,7 @@ from rattention.spec import load
 
 PARTS = ("feature_map", "rms_mix", "rope_table")
 ALL = tuple(label for label in load().clauses if not label.startswith(("ERR", "BCK", "WIRE")))
-WATCHED = ("BCK-2", "BCK-4", "ERR-13")
+WATCHED = ("BCK-2", "BCK-3", "BCK-4", "ERR-13")
 """Checked on every call of every property, and named here."""
 
 # Cases per size class of (parts, other operations), by profile smoke and quick; full has four times as many.
