@@ -70,7 +70,7 @@ def window_attention_vjp(
     back = np.swapaxes(window, -1, -2)
     d_v = xp.sum(xp.matmul(transpose(p), d_out, back), 2, keepdims=True)
     d_p = xp.matmul(d_out, transpose(v))
-    delta = xp.inner(d_out, out)
+    delta = xp.shared(xp.inner(d_out, out), window.sum(-1, keepdims=True))
     d_s = xp.where(window, p * (d_p - delta)) * scale
     d_q = xp.matmul(d_s, k, window)
     d_k = xp.sum(xp.matmul(transpose(d_s), q, back), 2, keepdims=True)
@@ -91,7 +91,8 @@ def linear_attention(
     weights = xp.matmul(fq, transpose(fk), regroup=True)
     out = xp.matmul(weights, v, behind)
     if state is not None:
-        out = out + xp.where(carried, xp.matmul(fq, state))
+        tokens = behind.sum(-1).max(-1, initial=0)[..., None, None]
+        out = out + xp.where(carried, xp.matmul(fq, xp.carried(state, tokens)))
     if memory is not None:
         out = out + xp.matmul(fq, memory)
     return out
@@ -118,7 +119,8 @@ def linear_attention_vjp(
     d_state = d_memory = None
     if state is not None:
         d_carried = xp.where(carried, d_out)
-        d_fq = d_fq + xp.matmul(d_carried, transpose(state))
+        tokens = behind.sum(-1).max(-1, initial=0)[..., None, None]
+        d_fq = d_fq + xp.matmul(d_carried, transpose(xp.carried(state, tokens)))
         d_state = xp.sum(xp.matmul(transpose(xp.where(carried, fq)), d_carried), 2)
     if memory is not None:
         d_fq = d_fq + xp.matmul(d_out, transpose(memory))
@@ -130,7 +132,10 @@ def final_state(xp: Any, fk: Array, v: Array, folded: np.ndarray, keeps: np.ndar
     """S_init + sum of phi(k_i)^T v_i over the folded tokens, [B, Hkv, F, Dv] (RLA-6, RLA-9, SEG-7, EXT-5)."""
     chosen = folded[:, None, None, :, None]
     total = xp.matmul(transpose(xp.where(chosen, fk)), xp.where(chosen, v))[:, :, 0]
-    return total if state is None else total + xp.where(keeps[:, None, None, None], state[:, :, 0])
+    if state is None:
+        return total
+    tokens = folded.sum(-1)[:, None, None, None]
+    return total + xp.where(keeps[:, None, None, None], xp.carried(state[:, :, 0], tokens))
 
 
 def final_state_vjp(
@@ -138,7 +143,8 @@ def final_state_vjp(
 ) -> tuple[Array, Array, Array]:
     """d_fk, d_v, d_state of `final_state`."""
     chosen = folded[:, None, None, :, None]
-    d = d_final[:, :, None]
+    # Backwards the recurrence starts from the cotangent of the state, and adds what each query reads.
+    d = xp.carried(d_final[:, :, None], folded.shape[-1])
     d_fk = xp.where(chosen, xp.matmul(xp.where(chosen, v), transpose(d)))
     d_v = xp.where(chosen, xp.matmul(xp.where(chosen, fk), d))
     return d_fk, d_v, xp.where(keeps[:, None, None, None], d_final)
@@ -152,9 +158,14 @@ def rms_mix(xp: Any, swa: Array, rla: Array, swa_weight: Array, rla_weight: Arra
     return swa_weight * xp.rms_norm(swa, eps)[0] + rla_weight * xp.rms_norm(rla, eps)[0]
 
 
-def rms_mix_vjp(xp: Any, x: Array, weight: Array, eps: float, d_out: Array) -> tuple[Array, Array]:
-    """d_x and the per-token gradient of the weight for one branch: d_x = (w d - xn mean(w d xn)) / rms."""
+def rms_mix_vjp(xp: Any, x: Array, weight: Array, eps: float, d_out: Array, contracted: bool) -> tuple[Array, Array]:
+    """d_x and the per-token gradient of the weight for one branch: d_x = (w d - xn mean(w d xn)) / rms.
+
+    `contracted`: d_x goes on into a product with the rows that x is made of.
+    """
     normed, factor = xp.rms_norm(x, eps)
     d_normed = weight * d_out
     mean = xp.sum(d_normed * normed, -1, keepdims=True) * (1.0 / x.shape[-1])
+    if contracted:
+        mean = xp.shared(mean, x.shape[-1])
     return factor * (d_normed - normed * mean), d_out * normed
