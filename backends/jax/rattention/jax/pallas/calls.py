@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +10,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from rattention.jax.pallas import backward, forward
+from rattention.jax.pallas import backward, decode, forward, watch
 from rattention.jax.pallas.plan import Plan
 
 F32 = jnp.float32
+KERNELS = tuple(
+    f"{name}_{way}" for name in ("rattention", "swa", "rla") for way in ("forward", "backward")
+) + ("rattention_decode",)
+"""Every kernel by name, as profiles, schedules and `metadata["kernels"]` show it."""
 
 
 class Builder:
@@ -34,7 +37,7 @@ class Builder:
     def scalars(self, name: str, array: Any, rows: bool) -> None:
         """An array [B or 1, 1, K] of numbers that steer, in scalar memory."""
         self.arrays.append(array)
-        index = (lambda b, h, s: (b, 0, 0)) if rows else (lambda b, h, s: (0, 0, 0))
+        index = (lambda b, *_: (b, 0, 0)) if rows else (lambda *_: (0, 0, 0))
         self.inputs.append((name, pl.BlockSpec((1, 1, array.shape[2]), index, memory_space=pltpu.SMEM)))
 
     def give(self, name: str, shape: tuple[int, ...], dtype: Any, block: tuple[int, ...], index: Any) -> None:
@@ -50,6 +53,7 @@ class Builder:
         def kernel(*refs: Any) -> None:
             body(p, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
+        watch.traced(self.name)
         results = pl.pallas_call(
             kernel,
             grid=self.grid,
@@ -58,19 +62,13 @@ class Builder:
             out_shape=[shape for *_, shape in self.outputs],
             scratch_shapes=[shape for _, shape in self.scratch],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",) * (len(self.grid) - 1) + ("arbitrary",),
+                dimension_semantics=("parallel", "parallel", "arbitrary")[: len(self.grid)],
                 vmem_limit_bytes=p.config.vmem,
             ),
             name=self.name,
-            interpret=interpreter() if p.interpret else False,
+            interpret=watch.interpreter(self.name) if p.interpret else False,
         )(*self.arrays)
         return dict(zip([n for n, *_ in self.outputs], results, strict=True))
-
-
-@functools.cache
-def interpreter() -> Any:
-    """The TPU interpreter as the suite runs it: races are errors, memory nobody wrote is NaN."""
-    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
 def run_forward(p: Plan, given: Mapping[str, Any], save: bool) -> dict[str, Any]:
@@ -167,6 +165,35 @@ def small(b: Builder) -> None:
         if there:
             b.give(f"d_{name}", (p.batch, p.groups, 1, p.key_dim), F32, (1, 1, 1, p.key_dim), group)
             b.keep(f"d_{name}_sum", (p.key_dim, p.C), F32)
+
+
+def run_decode(p: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`out [B, T, Hq*Dv]` and `next_state [B, Hkv, F, Dv]`."""
+    heads, slots = p.together * p.G, given["cache_k"].shape[1]
+    b = Builder(p, "rattention_decode", (p.batch, p.groups))
+    row = lambda b, h: (b, 0, h)  # noqa: E731
+    for name, each in (("numbers", False), ("bounds", True)):
+        b.scalars(name, given[name], each)
+    b.take("q", given["q"], (1, p.tokens, heads * p.key_dim), row)
+    for name, width in (("k", p.key_dim), ("v", p.value_dim)):
+        b.take(name, given[name], (1, p.tokens, p.together * width), row)
+        b.take(f"cache_{name}", given[f"cache_{name}"], (1, slots, p.together * width), row)
+    state_block = (1, p.together, p.F, p.value_dim)
+    b.take("state", given["initial"], state_block, lambda b, h: (b, h, 0, 0))
+    for name in ("swa_weight", "rla_weight"):
+        b.take(name, given[name], (1, heads * p.value_dim), lambda b, h: (0, h))
+    if p.rope:
+        b.take("old_rope", given["old_rope"], (1, slots, 2 * p.key_dim), lambda b, h: (b, 0, 0))
+        b.take("rope", given["rope"], (1, p.tokens, 2 * p.key_dim), lambda b, h: (b, 0, 0))
+    for name in ("q_scale", "k_scale"):
+        if getattr(p, name):
+            b.take(name, given[name], (1, p.key_dim), lambda b, h: (0, 0))
+    if p.memory:
+        b.take("memory", given["memory"], (heads, p.F, p.value_dim), lambda b, h: (h, 0, 0))
+    shape = (p.batch, p.tokens, p.q_heads * p.value_dim)
+    b.give("out", shape, given["q"].dtype, (1, p.tokens, heads * p.value_dim), row)
+    b.give("next_state", given["initial"].shape, F32, state_block, lambda b, h: (b, h, 0, 0))
+    return b.run(decode.body)
 
 
 def shared_inputs(b: Builder, given: Mapping[str, Any], key_step: Any, query_step: Any, rope_step: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 
@@ -40,3 +41,18 @@ _DEFAULTS: dict[tuple[str, int], Config] = {}
 def default(generation: str, head_dim: int) -> Config:
     """The configuration for a TPU generation (one of `GENERATIONS`) and the larger of D and Dv after padding."""
     return _DEFAULTS.get((generation, head_dim), Config())
+
+
+def of_device(kind: str, call: Any) -> Config:
+    """The default for a device kind as JAX names it, such as "TPU v5 lite"."""
+    dim = max(64, -(-max(call.dims["D"], call.dims["Dv"]) // 64) * 64)
+    return default(generation(kind), dim)
+
+
+def generation(kind: str) -> str:
+    """The TPU generation of a device kind; an unknown one is served as v5p."""
+    kind = kind.lower()
+    for names, found in ((("v6",), "v6e"), (("v5 lite", "v5e", "v5litepod"), "v5e"), (("v4",), "v4")):
+        if any(name in kind for name in names):
+            return found
+    return "v5p"

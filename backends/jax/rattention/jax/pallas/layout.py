@@ -75,6 +75,11 @@ def state_out(p: Plan, x: Any) -> Any:
     return cut_channels(jnp.concatenate(halves, axis=-2), x.ndim - 1, p.true_value_dim, False)
 
 
+def unflat(p: Plan, x: Any) -> Any:
+    """[B, T, Hq*Dvp] as [B, T, Hq, Dv]."""
+    return cut_channels(x.reshape(*x.shape[:2], p.q_heads, p.value_dim), 3, p.true_value_dim, False)
+
+
 def differentiable(p: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Operands that carry gradients."""
     given = {
@@ -96,12 +101,9 @@ def differentiable(p: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def steering(p: Plan, tensors: Mapping[str, Any], scale: Any, attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Operands that carry none: numbers, rotary rows, segments.
-
-    `tensors` may hold `live [B, keys]` bool in place of `segment_ids`: one segment, wherever it is true.
-    """
+    """Operands that carry none: numbers, rotary rows, segments."""
     given: dict[str, Any] = {
-        "numbers": jnp.stack([jnp.asarray(scale, F32), jnp.asarray(attrs.get("eps", 1e-6), F32)]).reshape(1, 1, 2),
+        "numbers": numbers(scale, attrs),
         "limits": jnp.full((1, 1, 1), p.keys - max(p.window, 0), jnp.int32),
     }
     if p.segments:
@@ -116,6 +118,17 @@ def steering(p: Plan, tensors: Mapping[str, Any], scale: Any, attrs: Mapping[str
             positions = default_positions(p, tensors.get("segment_ids"))
         given["rope"] = rotary_rows(p, tensors["rope_cos"], tensors["rope_sin"], positions)
     return given
+
+
+def numbers(scale: Any, attrs: Mapping[str, Any]) -> Any:
+    """Scale of the scores and eps, as the kernels read them."""
+    return jnp.stack([jnp.asarray(scale, F32), jnp.asarray(attrs.get("eps", 1e-6), F32)]).reshape(1, 1, 2)
+
+
+def scale_of(call: Any) -> Any:
+    """The factor on the scores, 1/sqrt(D) unless given (SWA-2)."""
+    scale = call.attributes.get("scale")
+    return call.dims["D"] ** -0.5 if scale is None else scale
 
 
 def owners(p: Plan, ids: Any) -> tuple[Any, Any]:
