@@ -37,6 +37,7 @@ from rattention.jax.pallas.parts import (
     interleave,
     loop_groups,
     phi_gradient,
+    read_once,
     rotate,
     shift,
     split_halves,
@@ -149,6 +150,7 @@ def arrived(p: Plan, ref: SimpleNamespace, x: Any, n: int, arriving: Any) -> Any
 
 
 def compute(p: Plan, ref: SimpleNamespace, step: Any) -> None:
+    ref = read_once(p, ref)
     if p.state:
         for head in range(p.together):
             rebuild(p, ref, step, head)
@@ -169,10 +171,7 @@ def base(p: Plan) -> int:
 
 def rebuild(p: Plan, ref: SimpleNamespace, step: Any, head: int) -> None:
     """The states that the m chunks read, and phi of their border tiles, both ways round."""
-    if p.folds:
-        state = ref.states[0, head, 0]
-    else:
-        state = jnp.transpose(ref.initial[0, head])
+    state = ref.states[0, head, 0] if p.folds else jnp.transpose(ref.initial[0, head])
     for n in range(p.m):
         chunk = step * p.m + n
         ref.read_state[head, n] = state.astype(ref.read_state.dtype)

@@ -14,9 +14,10 @@ from rattention.jax.pallas import backward, decode, forward, watch
 from rattention.jax.pallas.plan import Plan
 
 F32 = jnp.float32
-KERNELS = tuple(
-    f"{name}_{way}" for name in ("rattention", "swa", "rla") for way in ("forward", "backward")
-) + ("rattention_decode",)
+KERNELS = (
+    *("rattention_forward", "rattention_backward", "rattention_decode"),
+    *("swa_forward", "swa_backward", "rla_forward", "rla_backward"),
+)
 """Every kernel by name, as profiles, schedules and `metadata["kernels"]` show it."""
 
 
@@ -104,7 +105,7 @@ def run_backward(
     b = Builder(p, name, (p.batch, p.groups, steps + p.back))
     arriving = lambda s: jnp.maximum(steps - 1 - s, 0)  # noqa: E731
     at_work = lambda s: jnp.minimum(steps - 1 - s + p.back, steps - 1)  # noqa: E731
-    shared_inputs(b, given | fixed, arriving, at_work, at_work)
+    shared_inputs(b, {**given, **fixed}, arriving, at_work, at_work)
     query = lambda b, h, s: (b, at_work(s), h)  # noqa: E731
     whole = lambda b, h, s: (b, h, 0, 0)  # noqa: E731
     if p.rope:

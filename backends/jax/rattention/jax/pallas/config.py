@@ -32,7 +32,7 @@ class Config:
     vmem: int | None = 64 * 2**20
 
 
-INTERPRETED = Config(chunk=32, blocks=2, heads=8, backward_heads=8, tiles=4)
+INTERPRETED = Config(chunk=32, blocks=1, heads=8, backward_heads=8, tiles=4)
 """For the interpreter, where a grid step costs much and its size little."""
 
 _DEFAULTS: dict[tuple[str, int], Config] = {}

@@ -71,7 +71,8 @@ def one_head(p: Plan, ref: SimpleNamespace, head: int) -> None:
     if p.rope:
         queries = [rotate(x.astype(F32), ref.rope[0]).astype(dtype) for x in stored]
         keys = [
-            rotate(x.astype(F32), table[0]).astype(dtype) for x, table in zip(keys, (ref.old_rope, ref.rope), strict=True)
+            rotate(x.astype(F32), table[0]).astype(dtype)
+            for x, table in zip(keys, (ref.old_rope, ref.rope), strict=True)
         ]
     rows = below(queries)
     logits = [dot(p, x, rows, (1, 1)) * (scale * LOG2E) for x in keys]
@@ -100,7 +101,9 @@ def one_head(p: Plan, ref: SimpleNamespace, head: int) -> None:
     weight = jnp.where(slot[:edge] < token, dot(p, leaving, features, (0, 0)), 0.0)
     o2 = o2 + dot(p, old_v[:edge], weight.astype(dtype), (0, 0))
     if p.memory:
-        parts = [dot(p, ref.memory[h].astype(dtype), features[:, i * T : (i + 1) * T], (0, 0)) for i, h in enumerate(heads)]
+        parts = [
+            dot(p, ref.memory[h].astype(dtype), features[:, i * T : (i + 1) * T], (0, 0)) for i, h in enumerate(heads)
+        ]
         o2 = o2 + beside(parts)
     gone = live_rows(old_v[:edge], 0, length)
     ref.next_state[0, head] = state + dot(p, leaving, gone)

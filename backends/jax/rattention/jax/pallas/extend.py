@@ -47,7 +47,9 @@ def next_cache(call: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def plan(call: Any, tensors: Mapping[str, Any], padded: int, prefix: int, exact: bool, config: Any, interpret: bool) -> Plan:
+def plan(
+    call: Any, tensors: Mapping[str, Any], padded: int, prefix: int, exact: bool, config: Any, interpret: bool
+) -> Plan:
     """Of the forward over [cache | new]; `padded` is the query tokens of the plan."""
     dims = {name: call.dims[name] for name in ("B", "Hq", "Hkv", "D", "Dv")} | {"T": padded}
     present = {name: name in tensors for name in ("q_scale", "k_scale", "memory")}
@@ -96,7 +98,9 @@ def whole(
     p = plan(call, tensors, W + T, 0, exact, config, interpret)
     inputs = joined(call, tensors, 0)
     inputs["q"] = jnp.pad(tensors["q"], ((0, 0), (W, 0), (0, 0), (0, 0)))
-    results = core(p, layout.differentiable(p, inputs), layout.steering(p, inputs, layout.scale_of(call), call.attributes))
+    results = core(
+        p, layout.differentiable(p, inputs), layout.steering(p, inputs, layout.scale_of(call), call.attributes)
+    )
     return {
         "out": layout.unflat(p, results["out"])[:, W:],
         "cache_state": layout.state_out(p, results["final_state"]),
@@ -124,9 +128,7 @@ def run_decode(call: Any, tensors: Mapping[str, Any], exact: bool, config: Any, 
     } | next_cache(call, tensors)
 
 
-def run(
-    core: Any, call: Any, tensors: Mapping[str, Any], exact: bool, config: Any, interpret: bool
-) -> dict[str, Any]:
+def run(core: Any, call: Any, tensors: Mapping[str, Any], exact: bool, config: Any, interpret: bool) -> dict[str, Any]:
     """`fast` forwards, the derivative of `whole` backwards."""
     settings = (exact, config, interpret)
     names = [t.name for t in call.operation.tensors if t.differentiable and t.name in tensors]

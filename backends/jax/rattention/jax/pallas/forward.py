@@ -38,6 +38,7 @@ from rattention.jax.pallas.parts import (
     linear_mask,
     loop_groups,
     phi,
+    read_once,
     rotate,
     shift,
     softmax_mask,
@@ -185,6 +186,8 @@ def keep(p: Plan, ref: SimpleNamespace, state: Any, chunk: Any) -> Any:
 
 
 def _compute(p: Plan, ref: SimpleNamespace, step: Any) -> None:
+    ref = read_once(p, ref)
+
     def tasks() -> Iterator[Iterator[None]]:
         for n in range(p.m):
             for head in range(p.together):
@@ -309,7 +312,8 @@ class Scores:
 
     def values(self) -> Iterator[None]:
         """The unnormalised output [Dv, N*C] and the sum of weights [1, N*C]."""
-        total = output = None
+        total: Any = None
+        output: Any = None
         for i, (r, s) in enumerate(self.held):
             weight = jnp.exp2(s - self.top)
             total = weight if total is None else total + weight

@@ -19,7 +19,7 @@ F32 = jnp.float32
 
 
 def padded_dim(dim: int, kv_heads: int, interpret: bool) -> int:
-    """64 where pairs of heads fill the lanes, else the next multiple of 128. Interpreted: of 8, which keeps it small."""
+    """64 where pairs of heads fill the lanes, else the next multiple of 128; interpreted, of 8, which is enough."""
     if interpret and dim <= 64:
         return -(-dim // 8) * 8
     if dim <= 64 and kv_heads % 2 == 0:
@@ -134,8 +134,8 @@ def scale_of(call: Any) -> Any:
 def owners(p: Plan, ids: Any) -> tuple[Any, Any]:
     """Whose segment the state holds at each chunk [B, 1, chunks and more], and the end [B] of the last segment.
 
-    The backward asks for chunks up to R, rounded up to steps, past the last. At chunk c the state ends before token (c - R) C; it belongs to the last segment that began before that token, and
-    to the first of the row where none did.
+    At chunk c the state ends before token (c - R) C; it belongs to the last segment that began before that token, and
+    to the first of the row where none did. The backward asks for up to R chunks, rounded up to steps, past the last.
     """
     length = ids.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)
@@ -171,8 +171,16 @@ def rotary_rows(p: Plan, cos: Any, sin: Any, positions: Any) -> Any:
 
 
 def make(
-    shape: Mapping[str, int], dtype: str, mode: str, attrs: Mapping[str, Any], present: Mapping[str, bool], final: bool
-    , prefix: int, exact: bool, config: Config, interpret: bool
+    shape: Mapping[str, int],
+    dtype: str,
+    mode: str,
+    attrs: Mapping[str, Any],
+    present: Mapping[str, bool],
+    final: bool,
+    prefix: int,
+    exact: bool,
+    config: Config,
+    interpret: bool,
 ) -> Plan:
     """The plan of a call."""
     kv = shape["Hkv"]
@@ -180,11 +188,28 @@ def make(
     keys = prefix * config.chunk * config.blocks + shape["T"]
     window = attrs["window"]
     return Plan(
-        batch=shape["B"], tokens=shape["T"], q_heads=shape["Hq"], kv_heads=kv, key_dim=D, value_dim=Dv,
-        true_key_dim=shape["D"], true_value_dim=shape["Dv"], split=present["rope"] and D != shape["D"],
-        window=keys if window is None else min(window, keys), prefix=prefix, mode=mode,
-        feature_map=attrs.get("feature_map", "softmax"), dtype=dtype, rope=present["rope"],
-        q_scale=present["q_scale"], k_scale=present["k_scale"], memory=present["memory"],
-        initial=present["initial"], segments=present["segments"], final=final, exact=exact, config=config,
+        batch=shape["B"],
+        tokens=shape["T"],
+        q_heads=shape["Hq"],
+        kv_heads=kv,
+        key_dim=D,
+        value_dim=Dv,
+        true_key_dim=shape["D"],
+        true_value_dim=shape["Dv"],
+        split=present["rope"] and shape["D"] != D,
+        window=keys if window is None else min(window, keys),
+        prefix=prefix,
+        mode=mode,
+        feature_map=attrs.get("feature_map", "softmax"),
+        dtype=dtype,
+        rope=present["rope"],
+        q_scale=present["q_scale"],
+        k_scale=present["k_scale"],
+        memory=present["memory"],
+        initial=present["initial"],
+        segments=present["segments"],
+        final=final,
+        exact=exact,
+        config=config,
         interpret=interpret,
     )

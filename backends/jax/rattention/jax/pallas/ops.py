@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def core(p: Plan, given: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
+def core(p: Plan, given: dict[str, Any], fixed: dict[str, Any]) -> Any:
     """`out [B, T, Hq*Dv]` and, if `p.final`, `final_state [B, Hkv, F, Dv]`, of canonical operands (layout)."""
     return calls.run_forward(p, given | fixed, save=False)
 
@@ -47,7 +47,7 @@ def whole(call: Call, tensors: Mapping[str, Any], exact: bool, settings: Config,
     present |= {"segments": "segment_ids" in tensors}
     p = layout.make(dims, call.storage, mode, call.attributes, present, mode != "swa", 0, exact, settings, interpret)
     fixed = layout.steering(p, tensors, layout.scale_of(call), call.attributes)
-    results = core(p, layout.differentiable(p, tensors), fixed)
+    results: Any = core(p, layout.differentiable(p, tensors), fixed)
     out = {"out": layout.unflat(p, results["out"])}
     if p.final:
         out["final_state"] = layout.state_out(p, results["final_state"])
@@ -67,8 +67,7 @@ def run(
     `settings` and `interpret` default to the table of `config` for the TPU at hand, and to the interpreter where
     there is none.
     """
-    if interpret is None:
-        interpret = jax.default_backend() != "tpu"
+    interpret = jax.default_backend() != "tpu" if interpret is None else interpret
     if settings is None:
         settings = config.INTERPRETED if interpret else config.of_device(jax.devices()[0].device_kind, call)
     tensors = {name: jnp.asarray(x) for name, x in tensors.items()}

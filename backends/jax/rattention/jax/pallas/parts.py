@@ -9,9 +9,10 @@ back to [tokens, channels].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
-import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from rattention.jax.pallas.plan import Plan
@@ -38,6 +39,47 @@ def interleave(tasks: Iterable[Iterator[None]], lag: int) -> None:
             live.append(waiting.pop(0))
         live = [task for task in live if next(task, StopIteration) is not StopIteration]
         tick += 1
+
+
+class ReadOnce:
+    """A reference nobody writes during a step, each element of which is read at most once.
+
+    For the interpreter, where a read is a call back into Python. Compiled kernels read again instead: a load is cheaper
+    than a register held across the step.
+    """
+
+    inside_loop = False
+
+    def __init__(self, ref: Any):
+        self._ref, self._seen = ref, {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ref, name)
+
+    def __getitem__(self, at: Any) -> Any:
+        parts = at if isinstance(at, tuple) else (at,)
+        if any(isinstance(x, jax.core.Tracer) or isinstance(getattr(x, "start", 0), jax.core.Tracer) for x in parts):
+            return self._ref[at]
+        key = repr(at)
+        if key in self._seen:
+            return self._seen[key]
+        value = self._ref[at]
+        if not ReadOnce.inside_loop:  # what a loop body reads does not exist outside it
+            self._seen[key] = value
+        return value
+
+
+READ_ONLY = (
+    *("q", "d_out", "numbers", "limits", "owners", "rope", "swa_gain", "rla_gain", "q_column"),
+    *("k_column", "memory_t", "k_tiles", "kt_tiles", "v_tiles", "vn_tiles", "raw_tiles", "id_tiles"),
+)
+
+
+def read_once(p: Plan, ref: SimpleNamespace) -> SimpleNamespace:
+    """`ref` for the computing part of a step, in which nothing of `READ_ONLY` is written."""
+    if not p.interpret:
+        return ref
+    return SimpleNamespace(**{k: ReadOnce(v) if k in READ_ONLY else v for k, v in vars(ref).items()})
 
 
 # ------------------------------------------------------------------------------------------------ masks
@@ -156,4 +198,12 @@ def loop_groups(p: Plan, first_valid: Any, carry: Any, body: Callable[[Any, Any]
     first, last = p.loop
     unit = p.config.tiles
     start = jnp.clip((first_valid - first) // unit, 0, (last - first) // unit)
-    return jax.lax.fori_loop(start, (last - first) // unit, lambda i, c: body(first + i * unit, c), carry)
+
+    def group(i: Any, carry: Any) -> Any:
+        ReadOnce.inside_loop = True
+        try:
+            return body(first + i * unit, carry)
+        finally:
+            ReadOnce.inside_loop = False
+
+    return lax.fori_loop(start, (last - first) // unit, group, carry)
