@@ -58,9 +58,13 @@ def rotate(xp: Any, x: Array, cos: Array, sin: Array) -> Array:
 
 
 def window_attention(xp: Any, q: Array, k: Array, v: Array, window: np.ndarray, scale: float) -> tuple[Array, Array]:
-    """out_t = sum over the window of p_ti v_i, p = softmax(scale <q_t, k_i>) (SWA-1 to SWA-6). Returns out and p."""
-    p = xp.softmax(xp.matmul(q, transpose(k)) * scale, window)
-    return xp.matmul(p, v, window), p
+    """out_t = sum over the window of p_ti v_i, p = softmax(scale <q_t, k_i>) (SWA-1 to SWA-6).
+
+    Returns out, and p as a backward pass has it.
+    """
+    scores = xp.matmul(q, transpose(k)) * scale
+    p = xp.softmax(scores, window)
+    return xp.matmul(p, v, window), xp.recomputed(p, scores, window)
 
 
 def window_attention_vjp(
