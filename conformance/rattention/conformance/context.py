@@ -25,7 +25,14 @@ class Broken(Exception):
 
 
 class PortFailure(Exception):
-    """A port of another language crashed, hung or answered garbage; raised by the wire client (WIRE-3)."""
+    """A port of another language crashed, hung or answered garbage; raised by the wire client (WIRE-3).
+
+    `clause` is the rule of the protocol that it broke.
+    """
+
+    def __init__(self, text: str, clause: str = "WIRE-3"):
+        super().__init__(text)
+        self.clause = clause
 
 
 class Context:
@@ -64,7 +71,7 @@ class Context:
         except SpecError as error:
             self._break(("BCK-5", error.clause), f"a valid call was refused: {error}", "refusal")
         except PortFailure as failure:
-            self._break(("WIRE-3", "BCK-3"), str(failure), "crash")
+            self._break((failure.clause, "BCK-3"), str(failure), "crash")
         except Exception as error:  # a backend may fail in any way it likes
             where = traceback.extract_tb(error.__traceback__)[-1]
             self._break(
