@@ -21,7 +21,7 @@ def _draw(plan: Plan) -> Iterator[Recipe]:
     if not plan.has("rattention_extend"):
         return
     steps = (INTERPRETED if plan.cost == "interpreted" else STEPS)[plan.profile]
-    for i, dtype in enumerate(plan.dtypes if plan.profile != "smoke" else plan.dtypes[1:2]):
+    for i, dtype in enumerate(plan.dtypes if plan.profile != "smoke" else plan.dtypes[-1:]):
         rng = plan.rng("drift", dtype)
         window = (3, 0, 7)[i % 3] if plan.cost != "direct" else int(rng.choice([0, 1, 3, 7]))
         for kind in ("integers", "values") if plan.profile != "smoke" else ("values",):
