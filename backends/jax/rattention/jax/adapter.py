@@ -13,7 +13,7 @@ import numpy as np
 from rattention.jax import xla
 from rattention.jax.dispatch import INTEGERS
 from rattention.jax.table import rope_table
-from rattention.jax.xla.plan import CHUNKS
+from rattention.jax.xla.plan import CHUNK
 from rattention.spec import Call, Result, Unsupported, load, validate
 
 
@@ -35,7 +35,7 @@ class Adapter:
             "operations": list(spec.operations),
             "dtypes": list(spec.storage_dtypes),
             "capabilities": list(spec.capabilities),
-            "tile_sizes": {"T": list(CHUNKS), "window": list(CHUNKS), "D": []},
+            "tile_sizes": {"T": [CHUNK], "window": [CHUNK], "D": []},
             "limits": {},
         }
 
