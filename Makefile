@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.docs
 ROOTS := spec:backends/numpy:backends/torch:backends/jax:conformance
 JOBS ?= 2
 
-.PHONY: help conform test lint docs bench gpu clean
+.PHONY: help conform test lint docs bench gpu vectors clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,10 +26,22 @@ lint: $(STAMP) ## ruff and pyright
 bench: $(STAMP) ## CPU ratios, written to benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/cpu.py
 
+docs: $(DOCS_STAMP) ## the site, into site/; warnings are errors
+	PYTHONPATH=spec $(BIN)/python docs/build.py site
+
+vectors: $(STAMP) ## capture the activations of spec/vectors again
+	$(BIN)/pip install --quiet -e '.[vectors]'
+	HF_HUB_OFFLINE=1 $(BIN)/python spec/vectors/capture.py
+
 clean: ## remove what the other targets made
 	rm -rf .venv report site build dist
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -e '.[torch,jax,conformance,onnx,dev,pinned]'
+	touch $@
+
+$(DOCS_STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e '.[docs]'
 	touch $@

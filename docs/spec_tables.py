@@ -127,10 +127,11 @@ def operations(spec: Spec) -> str:
 
 
 def clauses(spec: Spec, chapter_of: dict[str, str]) -> str:
-    return table(
-        ("clause", "text", "chapter"),
-        [(f"`{c}`", text, f"[{chapter_of[c][:2]}](../spec/{chapter_of[c]})") for c, text in spec.clauses.items()],
-    )
+    rows = []
+    for label, text in spec.clauses.items():
+        chapter = chapter_of[label]
+        rows.append((f"`{label}`", text, f"[{chapter[:2]}](../spec/{chapter})"))
+    return table(("clause", "text", "chapter"), rows)
 
 
 def render(kind: str, name: str | None, spec: Spec) -> str:

@@ -191,3 +191,46 @@ def test_public_signature_matches(framework: str, operation: str):
     for tensor in op.tensors:
         if tensor.optional:
             assert parameters[tensor.name].default is None, tensor.name
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_cache_is_one_container_everywhere(framework: str):
+    cache = backend_module(framework).Cache
+    parameters = inspect.signature(cache.empty).parameters
+    named = {"batch", "num_kv_heads", "head_dim", "value_dim", "window", "feature_map", "dtype"}
+    assert named <= set(parameters) <= named | {"device"}
+    empty = cache.empty(2, num_kv_heads=3, head_dim=4, value_dim=5, window=6)
+    assert [tuple(x.shape) for x in (empty.k, empty.v, empty.state, empty.length)] == [
+        (2, 6, 3, 4),
+        (2, 6, 3, 5),
+        (2, 3, 8, 5),
+        (2,),
+    ]
+    for window in (-1, 0, None):  # EXT-10
+        assert cache.empty(1, num_kv_heads=1, head_dim=2, window=window).k.shape[1] == 0
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_adapters_describe_themselves_in_the_words_of_the_spec(framework: str):  # BCK-1
+    backend_module(framework)
+    about = importlib.import_module(f"rattention.{framework}.adapter").backend.describe()
+    keys = {"name", "version", "spec_version", "operations", "dtypes", "capabilities", "tile_sizes", "limits"}
+    assert keys <= set(about) <= keys | {"kernels", "cost"}
+    assert about["spec_version"] == SPEC.version
+    assert set(about["operations"]) <= set(SPEC.operations)
+    assert set(about["dtypes"]) <= set(SPEC.storage_dtypes)
+    assert set(about["capabilities"]) <= set(SPEC.capabilities)
+    assert set(about["tile_sizes"]) == {"T", "window", "D"}
+
+
+# ------------------------------------------------------------------------------------------------ mathematics
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.name)
+def test_inline_mathematics_survives_markdown(path: Path):
+    """Markdown strips a backslash before punctuation, so `\\{`, `\\,` and `\\_` belong into ```math blocks."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for line in re.sub(r"`[^`\n]*`", "", text).splitlines():
+        assert line.count("$") % 2 == 0, f"inline mathematics is broken across lines: {line}"
+        for formula in re.findall(r"\$([^$]+)\$", line):
+            assert not re.search(r"\\[^a-zA-Z]", formula), formula

@@ -192,7 +192,7 @@ def _dims(op: Operation, given: Mapping[str, Any], attrs: Mapping[str, Any]) -> 
         dims["W"] = max(attrs["window"], 0)
     for spec, t in _pairs(op, given):
         for axis, symbol in enumerate(spec.shape):
-            size = int(t.shape[axis])
+            size = t.shape[axis]  # not int(): a symbolic size stays symbolic
             if symbol in POSITIVE_DIMS and size < 1:
                 raise SpecError(
                     op.name, spec.name, f"{symbol} >= 1 in {_brackets(spec.shape)}", _brackets(t.shape), "ERR-3"

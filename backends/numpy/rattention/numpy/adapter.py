@@ -23,17 +23,7 @@ class NumpyBackend:
             "spec_version": spec.version,
             "operations": list(spec.operations),
             "dtypes": list(spec.storage_dtypes),
-            "capabilities": [
-                "segments",
-                "positions",
-                "rope",
-                "scales",
-                "memory",
-                "initial_state",
-                "cache",
-                "lengths",
-                "gradients",
-            ],
+            "capabilities": list(spec.capabilities),
             "tile_sizes": {"T": [], "window": [], "D": []},
             "limits": {},
         }

@@ -70,7 +70,7 @@ def window_attention_vjp(
     back = np.swapaxes(window, -1, -2)
     d_v = xp.sum(xp.matmul(transpose(p), d_out, back), 2, keepdims=True)
     d_p = xp.matmul(d_out, transpose(v))
-    delta = xp.inner(d_out, out)
+    delta = xp.shared(xp.inner(d_out, out), window.sum(-1, keepdims=True))
     d_s = xp.where(window, p * (d_p - delta)) * scale
     d_q = xp.matmul(d_s, k, window)
     d_k = xp.sum(xp.matmul(transpose(d_s), q, back), 2, keepdims=True)
@@ -152,9 +152,14 @@ def rms_mix(xp: Any, swa: Array, rla: Array, swa_weight: Array, rla_weight: Arra
     return swa_weight * xp.rms_norm(swa, eps)[0] + rla_weight * xp.rms_norm(rla, eps)[0]
 
 
-def rms_mix_vjp(xp: Any, x: Array, weight: Array, eps: float, d_out: Array) -> tuple[Array, Array]:
-    """d_x and the per-token gradient of the weight for one branch: d_x = (w d - xn mean(w d xn)) / rms."""
+def rms_mix_vjp(xp: Any, x: Array, weight: Array, eps: float, d_out: Array, contracted: bool) -> tuple[Array, Array]:
+    """d_x and the per-token gradient of the weight for one branch: d_x = (w d - xn mean(w d xn)) / rms.
+
+    `contracted`: d_x goes on into a product with the rows that x is made of.
+    """
     normed, factor = xp.rms_norm(x, eps)
     d_normed = weight * d_out
     mean = xp.sum(d_normed * normed, -1, keepdims=True) * (1.0 / x.shape[-1])
+    if contracted:
+        mean = xp.shared(mean, x.shape[-1])
     return factor * (d_normed - normed * mean), d_out * normed

@@ -8,6 +8,7 @@ carry an error bound, it yields values and error budgets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,11 @@ def sum(x: Array, axis: int | tuple[int, ...], keepdims: bool = False) -> Array:
 def inner(a: Array, b: Array) -> Array:
     """sum over the last axis of a b, kept as an axis of size 1: a product of two matmul operands, row by row."""
     return np.sum(a * b, -1, keepdims=True)
+
+
+def shared(x: Array, n: Any) -> Array:
+    """x, one number of a row, about to be spread over its n entries: values are as they were, errors move together."""
+    return x
 
 
 def softmax(s: Array, mask: np.ndarray | None = None) -> Array:

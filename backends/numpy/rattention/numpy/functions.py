@@ -45,7 +45,7 @@ class Cache:
     def empty(
         cls,
         batch: int,
-        kv_heads: int,
+        num_kv_heads: int,
         head_dim: int,
         value_dim: int | None = None,
         *,
@@ -56,7 +56,7 @@ class Cache:
         """The cache before any token: zero slots, zero state, length 0.
 
         Args:
-            batch, kv_heads, head_dim, value_dim: B, Hkv, D and Dv (D unless given).
+            batch, num_kv_heads, head_dim, value_dim: B, Hkv, D and Dv (D unless given).
             window: w of the calls to come.
             feature_map: phi of the calls to come; sets F = 2D for softmax and relu, D for identity.
             dtype: storage dtype of keys and values.
@@ -66,9 +66,9 @@ class Cache:
         features = head_dim if feature_map == "identity" else 2 * head_dim
         wide = np.float64 if np.dtype(dtype) == np.float64 else np.float32
         return cls(
-            k=np.zeros((batch, slots, kv_heads, head_dim), dtype),
-            v=np.zeros((batch, slots, kv_heads, dv), dtype),
-            state=np.zeros((batch, kv_heads, features, dv), wide),
+            k=np.zeros((batch, slots, num_kv_heads, head_dim), dtype),
+            v=np.zeros((batch, slots, num_kv_heads, dv), dtype),
+            state=np.zeros((batch, num_kv_heads, features, dv), wide),
             length=np.zeros(batch, np.int32),
         )
 
@@ -84,7 +84,7 @@ def _call(op: str, tensors: dict[str, Any], attrs: dict[str, Any]) -> dict[str, 
 
 
 def feature_map(x: Tensor, *, feature_map: str = "softmax") -> Tensor:
-    """phi(x), the feature map of the linear branch (FM-1 to FM-5).
+    """phi(x), the feature map of the linear branch (FM-1 to FM-6).
 
     Args:
         x: [B, T, H, D].
@@ -96,7 +96,7 @@ def feature_map(x: Tensor, *, feature_map: str = "softmax") -> Tensor:
     return _call("feature_map", {"x": x}, {"feature_map": feature_map})["out"]
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rope_table(positions: Tensor, *, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Rotary cosines and sines of position * theta^(-2j/D), j = 0 .. D/2-1, computed in float64 (ROPE-1, ROPE-2).
 
     Args:

@@ -79,7 +79,7 @@ def _rms_mix(xp: Any, call: Call, t: dict[str, Array], vjp: bool) -> dict[str, A
         return {"out": br.rms_mix(xp, t["swa"], t["rla"], t["swa_weight"], t["rla_weight"], eps)}
     outputs = {}
     for branch in ("swa", "rla"):
-        d_x, d_weight = br.rms_mix_vjp(xp, t[branch], t[f"{branch}_weight"], eps, t["d_out"])
+        d_x, d_weight = br.rms_mix_vjp(xp, t[branch], t[f"{branch}_weight"], eps, t["d_out"], False)
         outputs |= {f"d_{branch}": d_x, f"d_{branch}_weight": xp.sum(d_weight, (0, 1))}
     return outputs
 
@@ -99,9 +99,14 @@ def join_heads(x: Array) -> Array:
     return x.reshape(B, N * G, T, D).swapaxes(1, 2)
 
 
-def by_head(x: Array | None, groups: int) -> Array | None:
-    """A tensor with one row per query head, [Hq, ...] -> [Hkv, G, ...]."""
+def by_head(x: Array, groups: int) -> Array:
+    """A tensor with one row per query head, [Hq, ...] -> [Hkv, G, ...]; None stays None."""
     return None if x is None else x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+
+
+def gains(weight: Array, groups: int) -> Array:
+    """[Hq, Dv] -> [Hkv, G, 1, Dv], to broadcast over tokens."""
+    return weight.reshape(groups, weight.shape[0] // groups, 1, weight.shape[1])
 
 
 # ------------------------------------------------------------------------------------------------ attention
@@ -148,9 +153,8 @@ def _attention(xp: Any, call: Call, t: dict[str, Array], vjp: bool) -> dict[str,
     if not vjp:
         outputs: dict[str, Array] = {}
         if mixes:  # RAT-1; RAT-3: nothing is rounded between the branches and the norms
-            weights = (by_head(t[f"{b}_weight"], N) for b in ("swa", "rla"))
-            weights = (g.reshape(*g.shape[:2], 1, g.shape[2]) for g in weights)
-            mixed = br.rms_mix(xp, swa, rla, *weights, attrs["eps"])
+            w_swa, w_rla = gains(t["swa_weight"], N), gains(t["rla_weight"], N)
+            mixed = br.rms_mix(xp, swa, rla, w_swa, w_rla, attrs["eps"])
         else:
             mixed = swa if has_swa else rla
         outputs["out"] = join_heads(xp.where(live, mixed))  # SEG-4, EXT-7
@@ -171,9 +175,8 @@ def _attention(xp: Any, call: Call, t: dict[str, Array], vjp: bool) -> dict[str,
     if mixes:
         parts = {}
         for branch, x in (("swa", swa), ("rla", rla)):
-            weight = by_head(t[f"{branch}_weight"], N)
-            weight = weight.reshape(*weight.shape[:2], 1, weight.shape[2])
-            parts[branch], d_weight = br.rms_mix_vjp(xp, x, weight, attrs["eps"], d_out)
+            weight = gains(t[f"{branch}_weight"], N)
+            parts[branch], d_weight = br.rms_mix_vjp(xp, x, weight, attrs["eps"], d_out, True)
             d_weight = xp.sum(d_weight, (0, 3))
             grads[f"d_{branch}_weight"] = d_weight.reshape(dims["Hq"], dims["Dv"])
         d_swa, d_rla = parts["swa"], parts["rla"]

@@ -44,9 +44,8 @@ def run(op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[s
 def _dispatch(call: Call, t: dict[str, Array]) -> dict[str, Array]:
     name, attrs = call.operation.name, call.attributes
     if name == "rope_table":
-        return dict(
-            zip(("rope_cos", "rope_sin"), rope_table(t["positions"], attrs["head_dim"], attrs["theta"]), strict=True)
-        )
+        cos, sin = rope_table(t["positions"], attrs["head_dim"], attrs["theta"])
+        return {"rope_cos": cos, "rope_sin": sin}
     if name == "feature_map":
         return {"out": phi(t["x"], attrs["feature_map"])}
     if name == "feature_map.vjp":

@@ -84,7 +84,7 @@ class EagerBackend:
             "spec_version": spec.version,
             "operations": list(spec.operations),
             "dtypes": list(spec.storage_dtypes),
-            "capabilities": ["segments", "cache", "memory", "initial_state", "rope", "scales", "vjp"],
+            "capabilities": list(spec.capabilities),
             "tile_sizes": {"T": [16, 32, 64, 128], "window": [64, 128], "D": [64]},
             "limits": {},
         }

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rattention.spec import Call, validate
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingModuleSource]
 
 EXTRA_DTYPES = ("float64",)
 """Storage dtypes of the public functions beyond the specification's: for gradient checks."""
@@ -33,8 +32,12 @@ def check(
     """
     host = {}
     for name, t in tensors.items():
-        if t is not None and t.dtype in (torch.int32, torch.int64) and (check_values or _readable(t)):
-            host[name] = t.detach().cpu().numpy()
+        if t is None or t.dtype.is_floating_point:
+            continue
+        if t.device.type == "cpu" and plain(t):
+            host[name] = t.numpy()
+        elif check_values:
+            host[name] = t.cpu().numpy()
     return validate(operation, tensors, attributes, host=host, extra_dtypes=EXTRA_DTYPES)
 
 
@@ -45,11 +48,7 @@ def reduced(precision: str | None) -> bool:
     return precision == "tf32"
 
 
-def _readable(t: Tensor) -> bool:
-    """A plain tensor with values in host memory: not traced, not a subclass such as FakeTensor, not inside vmap."""
-    return (
-        type(t) is Tensor
-        and t.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not is_functorch_wrapped_tensor(t)
-    )
+def plain(t: Tensor) -> bool:
+    """A tensor with values of its own: not a subclass such as FakeTensor, and no transformation is at work."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return type(t) is Tensor and not torch.compiler.is_compiling() and not transformed

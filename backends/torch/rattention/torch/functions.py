@@ -38,7 +38,9 @@ def _call(
 ) -> tuple[Tensor, ...]:
     call = check(operation, tensors, attributes, check_values)
     first = next(t for t in tensors.values() if t is not None)
-    return choose(impl, operation, first)(**tensors, **call.attributes, reduced=reduced(precision))
+    run = choose(impl, operation, first)
+    with torch.autocast(first.device.type, enabled=False):  # dtypes are the specification's, not autocast's
+        return run(**tensors, **call.attributes, reduced=reduced(precision))
 
 
 # Under torch.compile a call is one node of the graph: validation runs once, in Python, while the graph is traced.

@@ -112,7 +112,7 @@ def band_forward(
     tiles = _Tiles(q, k, group_q, group_k, window)
     rows, out = q.reshape(N, T * G, D), q.new_empty(N, T * G, Dv)
     scores, weights = tiles.buffer(q), tiles.buffer(q)
-    with full_precision(reduced):
+    with full_precision(q.device, reduced):
         for n, t, j in tiles:
             r = slice(t.start * G, t.stop * G)
             s, p = tiles.view(scores, n, t, j), tiles.view(weights, n, t, j)
@@ -147,7 +147,7 @@ def band_backward(
     tiles = _Tiles(q, k, group_q, group_k, window)
     rows, d_rows = q.reshape(N, T * G, D), d_out.reshape(N, T * G, Dv)
     scores, weights, d_scores = tiles.buffer(q), tiles.buffer(q), tiles.buffer(q)
-    with full_precision(reduced):
+    with full_precision(q.device, reduced):
         for n, t, j in tiles:
             r = slice(t.start * G, t.stop * G)
             s, p = tiles.view(scores, n, t, j), tiles.view(weights, n, t, j)

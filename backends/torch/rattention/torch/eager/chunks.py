@@ -44,17 +44,18 @@ def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 @contextmanager
-def full_precision(reduced: bool) -> Iterator[None]:
-    """Keep float32 products in float32 even where the program allows TF32 or bfloat16 passes (NUM-2).
+def full_precision(device: torch.device, reduced: bool) -> Iterator[None]:
+    """Keep float32 products in float32 under autocast, and where the program allows TF32 or bfloat16 passes (NUM-2).
 
-    `reduced` leaves PyTorch's own setting alone: the caller has asked for less.
+    `reduced` leaves the second, PyTorch's own setting, alone: the caller has asked for less.
     """
     before = torch.get_float32_matmul_precision()
-    if reduced or before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with torch.autocast(device.type, enabled=False):
+        if reduced or before == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)

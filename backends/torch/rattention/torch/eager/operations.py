@@ -227,8 +227,7 @@ def _softmax_branch(
     """`[B, T, Hq, Dv]` in the compute dtype. `k` and `v` may have keys before the first query."""
     Hkv = k.shape[2]
     factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    if window is None:
-        window = k.shape[1]
+    window = k.shape[1] if window is None else min(window, k.shape[1])
     rows = query_heads(rotate(q, q_table) * factor, Hkv)
     group_q, group_k = (None, None) if groups is None else (per_head(g, Hkv) for g in groups)
     out = band_attention(rows, key_heads(rotate(k, k_table)), key_heads(v), group_q, group_k, window, reduced)

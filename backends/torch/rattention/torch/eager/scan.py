@@ -156,7 +156,7 @@ def scan_forward(
     rows, out = phi_q.reshape(N, T * G, F), phi_q.new_empty(N, T * G, Dv)
     final, states = state.new_empty(state.shape), state.new_empty(N, walk.count, F, Dv)
     start = slice(0, walk.lead)
-    with full_precision(reduced):
+    with full_precision(v.device, reduced):
         for n in walk.blocks():
             S = state[n]
             r = slice(0, walk.lead * G)
@@ -207,7 +207,7 @@ def scan_backward(
     rows, d_rows = phi_q.reshape(N, T * G, F), d_out.reshape(N, T * G, Dv)
     d_q, d_k, d_v = phi_q.new_zeros(N, T * G, F), phi_k.new_empty(phi_k.shape), v.new_empty(v.shape)
     d_state, start = state.new_empty(state.shape), slice(0, walk.lead)
-    with full_precision(reduced):
+    with full_precision(v.device, reduced):
         for n in walk.blocks():
             dS = d_final[n]
             for c, j, t, r in reversed(walk.chunks()):

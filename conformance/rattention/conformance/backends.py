@@ -1,0 +1,134 @@
+"""From what a person types to a backend: a registered name, a file, a module, or a command."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+GROUP = "rattention.backends"
+BUILT_IN = {
+    "numpy": "rattention.numpy.adapter:backend",
+    "torch": "rattention.torch.adapter:backend",
+    "torch-triton": "rattention.torch.triton_adapter:backend",
+    "jax": "rattention.jax.adapter:backend",
+    "jax-pallas": "rattention.jax.pallas_adapter:backend",
+    "onnx": "rattention.conformance.oracles.onnx_backend:backend",
+    "onnxruntime": "rattention.conformance.oracles.onnx_backend:runtime",
+}
+"""Used where the distribution is not installed and so has no entry points."""
+
+
+class CannotRun(Exception):
+    """The backend cannot be had on this machine; the text is one line that says why."""
+
+
+def registered() -> dict[str, str]:
+    """Every registered name and where it points, those of other distributions included."""
+    found = dict(BUILT_IN)
+    for point in importlib.metadata.entry_points(group=GROUP):
+        found[point.name] = point.value
+    return found
+
+
+def resolve(text: str) -> Any:
+    """The backend that `text` names: NAME, path/to/file.py:attribute, module:attribute, or exec:COMMAND.
+
+    Raises:
+        CannotRun: there is no such backend, or it fails to load.
+    """
+    if text.startswith("exec:"):
+        from rattention.conformance.wire.client import Port
+
+        command = shlex.split(text.removeprefix("exec:"))
+        if not command:
+            raise CannotRun("exec: needs a command, as in exec:./port")
+        return Port(command)
+    target = registered().get(text, text)
+    place, colon, attribute = target.rpartition(":")
+    if not colon:
+        known = ", ".join(registered())
+        raise CannotRun(
+            f"{text!r} is no backend: expected one of {known}, FILE.py:ATTRIBUTE, MODULE:ATTRIBUTE or exec:COMMAND"
+        )
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        backend = module
+        for part in attribute.split("."):
+            backend = getattr(backend, part)
+    except CannotRun:
+        raise
+    except BaseException as error:  # whatever a third party's module does at import, SystemExit included
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise CannotRun(f"{text} does not load: {type(error).__name__}: {_one_line(error)}") from error
+    if isinstance(backend, type):
+        try:
+            backend = backend()
+        except Exception as error:
+            raise CannotRun(f"{text} does not start: {type(error).__name__}: {_one_line(error)}") from error
+    if not callable(getattr(backend, "run", None)) or not callable(getattr(backend, "describe", None)):
+        raise CannotRun(f"{text} is no backend: it has no describe() and run()")
+    return backend
+
+
+def describe(backend: Any, text: str) -> Mapping[str, Any]:
+    """`backend.describe()`, which must be a mapping.
+
+    Raises:
+        CannotRun: it fails or answers something else.
+    """
+    try:
+        about = backend.describe()
+    except Exception as error:
+        raise CannotRun(f"{text} does not describe itself: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(about, Mapping):
+        raise CannotRun(f"{text} does not describe itself: describe() gave {type(about).__name__}, not a mapping")
+    return about
+
+
+def runnable(names: list[str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """Registered backends that load here, and for each of the others the reason why not."""
+    good, bad = [], {}
+    for name in names or registered():
+        try:
+            describe(resolve(name), name)
+            good.append(name)
+        except CannotRun as reason:
+            bad[name] = str(reason)
+    return good, bad
+
+
+def _from_file(path: Path) -> Any:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise CannotRun(f"{path} does not exist")
+    name = f"_rattention_port_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise CannotRun(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    # Files beside the port may be imported by it, as when Python runs a script.
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else "no message"

@@ -1,0 +1,235 @@
+"""Calls into a backend, each one watched: what every call must keep is checked on every call of every property."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rattention.conformance.case import Case
+from rattention.conformance.judge import Violation, compare
+from rattention.conformance.oracle import Bounds, Oracle, half_ulp
+from rattention.conformance.strategies import Plan
+from rattention.spec import Result, SpecError, Unsupported, load, validate
+
+STORAGE = ("float32", "bfloat16", "float16")
+
+
+class Refused(Exception):
+    """The backend said Unsupported and was entitled to: the case ends without a verdict."""
+
+
+class Broken(Exception):
+    """A violation after which the case cannot go on."""
+
+
+class PortFailure(Exception):
+    """A port of another language crashed, hung or answered garbage; raised by the wire client (WIRE-3)."""
+
+
+class Context:
+    """A backend, its description, the oracle, and what was seen so far.
+
+    `violations` collects what the watch around each call finds; `shares` holds the largest share of the budget used,
+    by (operation, dtype, output).
+    """
+
+    def __init__(self, backend: Any, describe: Mapping[str, Any], plan: Plan, oracle: Oracle | None = None):
+        self.backend = backend
+        self.describe = describe
+        self.plan = plan
+        self.oracle = oracle or Oracle()
+        self.violations: list[Violation] = []
+        self.shares: dict[tuple[str, str, str], float] = {}
+        self.calls = 0
+        self._kept: list[tuple[str, np.ndarray, np.ndarray]] = []
+
+    # ------------------------------------------------------------------------------------------ calls
+
+    def run(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """A valid call, watched.
+
+        Raises:
+            Refused: Unsupported, with every right to it.
+            Broken: no usable answer; the violation is in `violations`.
+        """
+        before = {name: np.array(x, copy=True, order="K") for name, x in tensors.items()}
+        self.calls += 1
+        try:
+            result = self.backend.run(op, tensors, attrs)
+        except Unsupported as refusal:
+            self._unsupported(op, tensors, attrs, refusal)
+            raise Refused(str(refusal)) from None
+        except SpecError as error:
+            self._break(("BCK-5", error.clause), f"a valid call was refused: {error}", "refusal")
+        except PortFailure as failure:
+            self._break(("WIRE-3", "BCK-3"), str(failure), "crash")
+        except Exception as error:  # a backend may fail in any way it likes
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self._break(
+                ("BCK-3",),
+                f"{op} raised {type(error).__name__}: {error} ({where.name}, line {where.lineno})",
+                "crash",
+            )
+        finally:
+            self._unmodified(op, tensors, before)
+        self._structure(op, tensors, attrs, result)
+        self._memory(op, tensors, result)
+        return dict(result)
+
+    def _break(self, clauses: tuple[str, ...], message: str, kind: str) -> None:
+        self.violations.append(Violation(clauses, message, kind))
+        raise Broken(message)
+
+    def _unsupported(
+        self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any], refusal: Unsupported
+    ) -> None:
+        """BCK-3: what is declared runs, and a refusal has a reason."""
+        entitled = self.entitled(op, tensors, attrs)
+        if not str(getattr(refusal, "reason", refusal)).strip():
+            self.violations.append(Violation(("BCK-3",), f"{op}: Unsupported without a reason", "refusal"))
+        if not entitled:
+            self._break(
+                ("BCK-3", "BCK-1"), f"{op}: declared, and refused all the same: Unsupported({refusal})", "refusal"
+            )
+
+    def entitled(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> str:
+        """Why the backend may answer Unsupported to this valid call, or "" where its description promises the call."""
+        about = self.describe
+        if op not in (about.get("operations") or ()):
+            return f"operation {op} is not declared"
+        call = validate(op, tensors, attrs)
+        if call.storage not in (about.get("dtypes") or ()):
+            return f"dtype {call.storage} is not declared"
+        lacking = load().needs(tensors) - set(about.get("capabilities") or ())
+        if lacking:
+            return "capability not declared: " + ", ".join(sorted(lacking))
+        for name, bound in dict(about.get("limits") or {}).items():
+            value = call.dims.get(name, call.attributes.get(name))
+            if name in call.dims or name in call.attributes:
+                reason = _outside(name, value, bound)
+                if reason:
+                    return reason
+        return ""
+
+    def _structure(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any], result: Any) -> None:
+        """BCK-2, GRAD-6 and BCK-4: names, shapes, dtypes, and the path taken."""
+        label = ("GRAD-6", "BCK-2") if op.endswith(".vjp") else ("BCK-2",)
+        if not isinstance(result, Mapping):
+            self._break(label, f"{op} returned {type(result).__name__}, not a mapping of outputs", "structure")
+        call = validate(op, tensors, attrs)
+        shapes = call.output_shapes()
+        dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
+        if set(result) != set(shapes):
+            self._break(label, f"{op} returned {sorted(result)}, expected {sorted(shapes)}", "structure")
+        for name, shape in shapes.items():
+            x = result[name]
+            if not isinstance(x, np.ndarray):
+                self._break(label, f"{op}: {name} is {type(x).__name__}, not a NumPy array", "structure")
+            if x.shape != shape or str(x.dtype) != dtypes[name]:
+                got, want = f"{x.dtype}{list(x.shape)}", f"{dtypes[name]}{list(shape)}"
+                self._break(label, f"{op}: {name} is {got}, expected {want}", "structure")
+        claimed = self.describe.get("kernels")
+        if claimed and str(op) in (self.describe.get("operations") or ()):
+            self._kernels(op, call.dims, result, claimed)
+
+    def _kernels(self, op: str, dims: Mapping[str, int], result: Any, claimed: Any) -> None:
+        metadata = result.metadata if isinstance(result, Result) else {}
+        launched = list(metadata.get("kernels") or ())
+        empty = 0 in (dims.get("B", 1), dims.get("T", 1))
+        path = str(metadata.get("path", ""))
+        if empty:
+            return
+        if not launched or path in ("", "eager", "xla", "fallback"):
+            self.violations.append(
+                Violation(
+                    ("BCK-4",), f"{op}: kernels are claimed, and the run took path {path!r} with {launched}", "law"
+                )
+            )
+        unknown = [k for k in launched if not any(str(k).startswith(str(c)) for c in claimed)]
+        if unknown:
+            self.violations.append(Violation(("BCK-4", "BCK-1"), f"{op}: ran kernels not declared: {unknown}", "law"))
+
+    def _unmodified(self, op: str, tensors: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray]) -> None:
+        for name, copy in before.items():
+            now = tensors.get(name)
+            if now is None or now.shape != copy.shape or now.dtype != copy.dtype or now.tobytes() != copy.tobytes():
+                self.violations.append(Violation(("ERR-13",), f"{op} modified its input {name}", "mutation", name))
+        if len(tensors) != len(before):
+            self.violations.append(Violation(("ERR-13",), f"{op} added tensors to its inputs", "mutation"))
+
+    def _memory(self, op: str, tensors: Mapping[str, np.ndarray], result: Mapping[str, np.ndarray]) -> None:
+        """ERR-13: no output lives in an input's memory, nor is one changed by a later call."""
+        for name, x in result.items():
+            for other, y in tensors.items():
+                if x.size and np.may_share_memory(x, y):
+                    message = f"{op}: output {name} shares memory with input {other}"
+                    self.violations.append(Violation(("ERR-13",), message, "mutation", name))
+        for earlier, array, copy in self._kept:
+            if array.tobytes() != copy.tobytes():
+                message = f"{op} changed {earlier}, an output of an earlier call"
+                self.violations.append(Violation(("ERR-13",), message, "mutation"))
+        self._kept = [(f"{op}: {name}", x, x.copy()) for name, x in result.items() if x.nbytes < 2**16]
+
+    # ------------------------------------------------------------------------------------------ judgements
+
+    def bounds(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Bounds:
+        """Reference values and budgets of a call."""
+        return self.oracle.evaluate(op, tensors, attrs)
+
+    def tight(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Bounds:
+        """Bounds for a call whose operands are exact in its storage dtype (see `Oracle.exact`)."""
+        call = validate(op, tensors, attrs)
+        storage = tensors[next(t.name for t in call.operation.tensors if t.dtype == "storage")].dtype
+        dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
+        wide = self.oracle.exact(op, tensors, attrs, storage)
+        return {
+            name: (value, budget + half_ulp(np.abs(value) + budget, np.dtype(storage)))
+            if dtypes[name] == str(storage)
+            else (value, budget)
+            for name, (value, budget) in wide.items()
+        }
+
+    def judge(
+        self,
+        case: Case,
+        got: Mapping[str, np.ndarray],
+        bounds: Bounds,
+        clauses: tuple[str, ...],
+        *,
+        live: Mapping[str, np.ndarray] | None = None,
+        record: bool = True,
+    ) -> list[Violation]:
+        """Compare, and remember the share of the budget that was used."""
+        found, shares = compare(got, bounds, clauses, live=live)
+        if record:
+            dtype = storage_of(case)
+            for name, share in shares.items():
+                key = (case.op, dtype, name)
+                self.shares[key] = max(self.shares.get(key, 0.0), share)
+        return found
+
+
+def storage_of(case: Case) -> str:
+    """The storage dtype of a call; float32 where no tensor has the class."""
+    for t in load().operations[case.op].tensors:
+        if t.dtype == "storage" and t.name in case.tensors:
+            return str(case.tensors[t.name].dtype)
+    return "float32"
+
+
+def _outside(name: str, value: Any, bound: Any) -> str:
+    """Limits are a largest number, a list of what is allowed, or a table with minimum, maximum and multiple_of."""
+    if isinstance(bound, list | tuple):
+        return "" if value in bound else f"{name}={value} is none of {list(bound)}"
+    if isinstance(bound, Mapping):
+        low, high, step = bound.get("minimum"), bound.get("maximum"), bound.get("multiple_of")
+        if value is None:
+            return "" if bound.get("none", True) else f"{name}=None is outside the limits"
+        if (low is not None and value < low) or (high is not None and value > high) or (step and value % step):
+            return f"{name}={value} is outside {dict(bound)}"
+        return ""
+    if isinstance(bound, int | float) and not isinstance(bound, bool) and isinstance(value, int | float):
+        return f"{name}={value} is above {bound}" if value > bound else ""
+    return ""

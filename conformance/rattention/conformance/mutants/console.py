@@ -1,0 +1,92 @@
+"""`rattention mutants`: run, print who was killed by which test, and fail where the suite has a hole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rattention.conformance.mutants import CATALOGUE
+from rattention.conformance.mutants.coverage import Row, clause_rows, holes, markdown, passing
+from rattention.conformance.mutants.runner import Death, run_mutants, select
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+SEED = 20250618
+"""The seed of continuous integration, used where none is given."""
+
+
+def command(profile: str, seed: int | None, report: Path | None, text: str, console: Console) -> int:
+    """Exit code: 0 when every mutant dies and every clause is covered, 1 otherwise, 2 when nothing matches `text`."""
+    chosen = select(text)
+    if not chosen:
+        console.print(f"no mutant is called {escape(text)}")
+        return 2
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # one core per worker
+    seed = SEED if seed is None else seed
+    console.print(f"profile {profile}, seed {seed}, {len(chosen)} mutants")
+    workers = max(1, min(2, os.cpu_count() or 1)) if len(chosen) > 8 else 0
+
+    def step(death: Death) -> None:
+        if not death.killed:
+            console.print(f"[bold red]survivor[/] {death.mutant} after {death.cases} cases")
+
+    deaths = run_mutants(profile, seed, chosen, workers=workers, progress=step)
+    rows: list[Row] = []
+    if not text:  # coverage is a statement about the whole catalogue
+        rows = clause_rows(deaths, passing(profile, seed, report))
+    _print(deaths, rows, console)
+    if report:
+        _write(deaths, rows, report, profile, seed)
+        console.print(f"report: {report / 'mutants.json'}", soft_wrap=True)
+    return 0 if all(d.killed for d in deaths) and not holes(rows) else 1
+
+
+def _print(deaths: list[Death], rows: list[Row], console: Console) -> None:
+    table = Table(title="Mutants", title_justify="left")
+    for column in ("mutant", "class", "breaks", "killed by", "on", "cases", "seconds"):
+        table.add_column(column, overflow="fold")
+    for d in deaths:
+        m = CATALOGUE[d.mutant]
+        by = d.test if d.killed else "[bold red]SURVIVES[/]"
+        table.add_row(d.mutant, m.kind, " ".join(m.clauses), by, d.op, str(d.cases), f"{d.seconds:.2f}")
+    console.print(table)
+    if rows:
+        clauses = Table(title="Clause coverage", title_justify="left")
+        for column in ("clause", "passing cases", "killed mutants", "backends"):
+            clauses.add_column(column, overflow="fold")
+        for row in rows:
+            clauses.add_row(row.clause, str(row.passed), str(len(row.killed)), ", ".join(row.backends))
+        console.print(clauses)
+    alive = [d.mutant for d in deaths if not d.killed]
+    kinds = Counter(CATALOGUE[d.mutant].kind for d in deaths)
+    console.print(f"{len(deaths) - len(alive)} of {len(deaths)} mutants killed, of {len(kinds)} classes")
+    for name in alive:
+        console.print(f"[bold red]survivor[/] {name}: {escape(CATALOGUE[name].title)}")
+    for hole in holes(rows):
+        console.print(f"[bold red]not covered[/] {escape(hole)}")
+
+
+def _write(deaths: list[Death], rows: list[Row], report: Path, profile: str, seed: int) -> None:
+    report.mkdir(parents=True, exist_ok=True)
+    mutants: list[dict[str, Any]] = []
+    for d in deaths:
+        m = CATALOGUE[d.mutant]
+        about = {"title": m.title, "class": m.kind, "breaks": list(m.clauses), "source": m.source}
+        mutants.append({**about, "killed": d.killed, **asdict(d)})
+    summary = {
+        "profile": profile,
+        "seed": seed,
+        "killed": sum(d.killed for d in deaths),
+        "mutants": mutants,
+        "clauses": [asdict(row) for row in rows],
+        "holes": holes(rows),
+    }
+    (report / "mutants.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    if rows:
+        (report / "coverage.md").write_text(markdown(rows), encoding="utf-8")

@@ -1,0 +1,169 @@
+"""Faults of precision: TF32, 16-bit sums and states, NaN that is hidden, reruns that differ."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from rattention.conformance.mutants.eager import Form
+from rattention.conformance.mutants.port import plant
+from rattention.conformance.mutants.state import to_bf16
+
+
+def to_tf32(x: np.ndarray) -> np.ndarray:
+    """Round a float32 to the 10 mantissa bits of TF32, as a matrix unit reads it."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return np.where(np.isfinite(x), ((bits + 0x1000) & 0xFFFFE000).view(np.float32), x)
+
+
+def to_f16(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float16).astype(np.float32)
+
+
+@plant("NUM-2", "one dtype", "TRAPS 7: TF32 as the silent default")
+class Tf32Everywhere(Form):
+    """In float32 calls q, k and v are read as TF32."""
+
+    def load(self):
+        super().load()
+        if self.storage == "float32":
+            self.q, self.k, self.v = to_tf32(self.q), to_tf32(self.k), to_tf32(self.v)
+
+
+@plant("NUM-2", "one dtype", "TRAPS 7")
+class Tf32Scores(Form):
+    """In float32 calls the operands of the scores are read as TF32."""
+
+    def dot(self, queries, keys):
+        if self.storage == "float32" and queries is not getattr(self, "fq", None):
+            queries, keys = to_tf32(queries), to_tf32(keys)
+        return super().dot(queries, keys)
+
+
+@plant("NUM-2", "one dtype", "TRAPS 7")
+class Tf32Features(Form):
+    """In float32 calls phi(q) and phi(k) are read as TF32."""
+
+    def features(self):
+        super().features()
+        if self.storage == "float32":
+            self.fq, self.fk = to_tf32(self.fq), to_tf32(self.fk)
+
+
+@plant("NUM-2 SWA-3", "one dtype", "TRAPS 7")
+class WeightsOfSoftmaxInBf16(Form):
+    """In float32 calls the softmax weights are rounded to bfloat16 before they meet v."""
+
+    def softmax(self, scores, mask):
+        p = super().softmax(scores, mask)
+        return to_bf16(p) if self.storage == "float32" else p
+
+
+@plant("NUM-2 GRAD-1", "gradient", "TRAPS 7: precision set for the forward alone")
+class Tf32Backward(Form):
+    """In float32 calls the cotangent is read as TF32."""
+
+    def need(self, name):
+        x = super().need(name)
+        return to_tf32(x) if name == "d_out" and self.storage == "float32" else x
+
+
+@plant("NUM-3 SWA-3", "one dtype", "TRAPS 5: accumulation in storage")
+class SoftmaxSumInBf16(Form):
+    """In bfloat16 calls the softmax denominator is rounded to bfloat16 after every 16 keys."""
+
+    def softmax(self, scores, mask):
+        p = super().softmax(scores, mask)
+        if self.storage != "bfloat16":
+            return p
+        total = np.zeros((*p.shape[:-1], 1), np.float32)
+        for start in range(0, p.shape[-1], 16):
+            total = to_bf16(total + p[..., start : start + 16].sum(-1, keepdims=True))
+        return p / np.where(total == 0, 1, total)
+
+
+@plant("NUM-3", "one dtype", "rationale: scores in float16 overflow past 65504")
+class ScoresInFloat16(Form):
+    """In float16 calls the scores are kept in float16 before they are scaled."""
+
+    def dot(self, queries, keys):
+        s = super().dot(queries, keys)
+        return to_f16(s) if self.storage == "float16" and queries is not getattr(self, "fq", None) else s
+
+
+@plant("NUM-1 NUM-3", "one dtype", "TRAPS 22: 16-bit probabilities under a 16-bit sum")
+class OutputSummedInBf16(Form):
+    """In bfloat16 calls the softmax output is accumulated in bfloat16, 8 keys at a time."""
+
+    def near_branch(self):
+        out = super().near_branch()
+        if self.storage != "bfloat16" or self.backward:
+            return out
+        total = np.zeros_like(out)
+        for start in range(0, self.p.shape[-1], 8):
+            total = to_bf16(total + self.p[..., start : start + 8] @ self.v[:, :, None, start : start + 8])
+        return total
+
+
+@plant("NUM-3 RLA-2", "one dtype", "TRAPS 5")
+class LinearSummedInFloat16(Form):
+    """In float16 calls the linear branch is accumulated in float16, 8 keys at a time."""
+
+    def far_branch(self):
+        out = super().far_branch()
+        if self.storage != "float16" or self.backward:
+            return out
+        exact, total = self.a @ self.v[:, :, None], np.zeros_like(out)
+        for start in range(0, self.a.shape[-1], 8):
+            total = to_f16(total + self.a[..., start : start + 8] @ self.v[:, :, None, start : start + 8])
+        return out - exact + total
+
+
+@plant("NUM-4", "contract", "TRAPS 14: a race")
+class RerunsDiffer(Form):
+    """Each call adds one last-place step of its own to one output element."""
+
+    calls = itertools.count()
+
+    def hide(self, out):
+        out = np.array(super().hide(out))
+        flat = out.reshape(-1)
+        if flat.size:
+            at = next(self.calls) % flat.size
+            step = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}[self.storage]
+            flat[at] *= 1 + step
+        return out
+
+
+@plant("NUM-5", "nan", "TRAPS 9: nan_to_num as a cure")
+class NanHidden(Form):
+    """NaN in the output becomes zero."""
+
+    def hide(self, out):
+        return np.nan_to_num(super().hide(out), nan=0.0)
+
+
+@plant("NUM-5", "nan", "rationale: a maximum that skips NaN")
+class NanScoreSkipped(Form):
+    """A NaN score counts as minus infinity."""
+
+    def scores(self):
+        return np.nan_to_num(super().scores(), nan=-1e30, posinf=np.inf, neginf=-np.inf)
+
+
+@plant("RAT-3 RAT-1", "one dtype", "rationale: two kernels that hand over through memory in storage")
+class BranchesRoundedBeforeNorm(Form):
+    """Branch outputs are rounded to float16 before the norms in float16 calls."""
+
+    def mix(self, swa, rla):
+        if self.storage == "float16" and self.op != "rms_mix":
+            swa, rla = to_f16(swa), to_f16(rla)
+        return super().mix(swa, rla)
+
+
+@plant("RAT-3", "one dtype", "rationale: two kernels that hand over through memory in storage")
+class LinearOverflowsBeforeNorm(Form):
+    """In float16 calls the linear branch passes through float16, where a large state overflows."""
+
+    def mix(self, swa, rla):
+        return super().mix(swa, to_f16(rla) if self.storage == "float16" and self.op != "rms_mix" else rla)

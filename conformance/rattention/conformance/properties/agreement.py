@@ -1,0 +1,57 @@
+"""Agreement: every output of every operation lies within the error budget of the reference, forward and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rattention.conformance.case import Case
+from rattention.conformance.context import Context
+from rattention.conformance.features import exercised
+from rattention.conformance.judge import Violation
+from rattention.conformance.oracle import Bounds
+from rattention.conformance.properties.base import default_make, register
+from rattention.conformance.strategies import Plan, Recipe
+from rattention.conformance.strategies.pools import recipes, supported
+from rattention.spec import load
+
+PARTS = ("feature_map", "rms_mix", "rope_table")
+ALL = tuple(label for label in load().clauses if not label.startswith(("ERR", "BCK", "WIRE")))
+
+# Cases per size class of (parts, other operations), by profile smoke and quick; full has four times as many.
+COUNTS = {
+    "small": ((6, 60), (18, 240)),
+    "medium": ((1, 8), (3, 36)),
+    "tile": ((0, 4), (0, 9)),
+    "wide": ((0, 6), (1, 9)),
+    "long": ((0, 1), (0, 3)),
+}
+# The share of these that backends with costly programs get.
+SHARES = {"small": 0.16, "medium": 0.2, "tile": 0.34, "wide": 0.34, "long": 0.67}
+
+
+def _draw(plan: Plan) -> Iterator[Recipe]:
+    for op in supported(plan):
+        for size, counts in COUNTS.items():
+            smoke, quick = counts[op.removesuffix(".vjp") not in PARTS]
+            number = plan.count(smoke, quick, compiled=SHARES[size]) if (smoke or plan.profile != "smoke") else 0
+            if number and quick:
+                yield from recipes(plan, op, size, number, "agreement")
+
+
+def _make(plan: Plan, recipe: Recipe) -> Case:
+    case = default_make(plan, recipe)
+    case.clauses = exercised(case.op, case.tensors, case.attrs)
+    return case
+
+
+@register("agreement", "outputs lie within the error budget of the reference", ALL, _draw, _make)
+def check(ctx: Context, case: Case) -> list[Violation]:
+    """NUM-1: one call, every output element by element."""
+    got = ctx.run(case.op, case.tensors, case.attrs)
+    bounds = stored_bounds(case) or ctx.bounds(case.op, case.tensors, case.attrs)
+    return ctx.judge(case, got, bounds, ("NUM-1",))
+
+
+def stored_bounds(case: Case) -> Bounds:
+    """The answer that a case from disk carries; empty unless it is complete."""
+    return {name: (value, case.budget[name]) for name, value in case.expected.items() if name in case.budget}

@@ -1,0 +1,97 @@
+"""The end of a run on the terminal: matrix, failing clauses, budget, failures with their replay lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rattention.conformance.reporting.summary import failing
+from rattention.spec import load
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+STYLE = {"pass": "green", "FAIL": "bold red", "unsupported": "yellow", "untested": "dim"}
+SHOWN = 8
+"""Failures printed in full; the others are in the report."""
+
+
+def print_outcome(console: Console, report: dict[str, Any], folder: Path | None) -> None:
+    """Print one report. `folder` holds the case files of the failures."""
+    console.print(_matrix(report))
+    wrong = failing(report["clauses"])
+    if wrong:
+        table = Table(title="Failing clauses, the likeliest first", title_justify="left", show_header=False, box=None)
+        for label in wrong[:14]:
+            entry = report["clauses"][label]
+            table.add_row(f"[bold red]{label}[/]", escape(entry["text"]), f"[dim]{entry['violations']} violations[/]")
+        console.print(table)
+        if len(wrong) > 14:
+            console.print(f"[dim]and {len(wrong) - 14} more: {', '.join(wrong[14:])}[/]")
+    untested = [label for label, e in report["clauses"].items() if e["status"] == "untested"]
+    if untested and not report["select"]:
+        console.print(f"[dim]untested clauses: {', '.join(untested)}[/]")
+    console.print(_budget(report))
+    for reason, count in list(report["unsupported"].items())[:6]:
+        console.print(f"[yellow]unsupported[/] ({count} cases): {escape(reason)}")
+    for failure in report["failures"][:SHOWN]:
+        _failure(console, report, failure, folder)
+    more = len(report["failures"]) - SHOWN
+    if more > 0:
+        console.print(f"[dim]and {more} more failures in the report[/]")
+    c = report["cases"]
+    verdict = "[bold green]CONFORMING[/]" if report["conforming"] else "[bold red]NOT CONFORMING[/]"
+    console.print(
+        f"{verdict}  {escape(report['backend'])}  {c['passed']} passed, {c['failed']} failed, "
+        f"{c['unsupported']} unsupported  profile {report['profile']}, seed {report['seed']}, {report['seconds']:.1f} s"
+    )
+
+
+def _matrix(report: dict[str, Any]) -> Table:
+    table = Table(title=escape(f"{report['backend']}: operation x dtype"), title_justify="left")
+    table.add_column("group")
+    table.add_column("operation")
+    for dtype in load().storage_dtypes:
+        table.add_column(dtype)
+    last = ""
+    for op, row in report["matrix"].items():
+        group = load().operations[op].group
+        cells = [f"[{STYLE[s]}]{s}[/]" if (s := row.get(d)) else "" for d in load().storage_dtypes]
+        table.add_row("" if group == last else group, op, *cells)
+        last = group
+    return table
+
+
+def _budget(report: dict[str, Any]) -> Table:
+    table = Table(title="Largest share of the error budget", title_justify="left")
+    table.add_column("operation")
+    dtypes = load().storage_dtypes
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right")
+    for op, row in report["budget"].items():
+        cells = []
+        for dtype in dtypes:
+            outputs = row.get(dtype)
+            if not outputs:
+                cells.append("")
+                continue
+            name, share = max(outputs.items(), key=lambda kv: kv[1])
+            text = f"{share:.3g}" + (f" {name}" if len(outputs) > 1 else "")
+            cells.append(f"[bold red]{text}[/]" if share > 1 else text)
+        table.add_row(op, *cells)
+    return table
+
+
+def _failure(console: Console, report: dict[str, Any], failure: dict[str, Any], folder: Path | None) -> None:
+    console.rule(f"[red]{escape(failure['property'])}[/]  {escape(failure['op'])}  {failure['dtype']}", align="left")
+    console.print(f"case: {escape(failure['case'])}", highlight=False)
+    for violation in failure["violations"][:4]:
+        guess = f"  [cyan](looks like: {escape(violation['guess'])})[/]" if violation["guess"] else ""
+        console.print(f"- {escape(violation['message'])}{guess}", highlight=False)
+        labels = violation["clauses"][:4]
+        for label in labels:
+            console.print(f"    [bold]{label}[/] {escape(load().clauses.get(label, ''))}", highlight=False)
+    if folder is not None:
+        target = report["backend"]
+        quoted = f'"{target}"' if " " in target else target
+        console.print(f"rattention replay {folder / failure['file']} {quoted}", highlight=False, soft_wrap=True)

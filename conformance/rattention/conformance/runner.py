@@ -1,0 +1,147 @@
+"""A whole run: plan the units, spread them over worker processes, make failures small, gather one outcome."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rattention.conformance import backends
+from rattention.conformance.judge import Violation
+from rattention.conformance.oracle import Oracle
+from rattention.conformance.properties import REGISTRY
+from rattention.conformance.session import Failure, Session, Unit, UnitResult
+from rattention.conformance.strategies import Plan, make_plan
+
+Progress = Callable[[int, int, int], None]
+"""Called with (units done, units in all, failures so far)."""
+
+FAILURES_PER_KIND = 2
+FAILURES_SHRUNK = 24
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run. `vectors` are files or folders of cases run beside the properties; `workers` 0 stays in process."""
+
+    profile: str = "quick"
+    seed: int = 0
+    select: str = ""
+    vectors: tuple[str, ...] = ()
+    workers: int = 0
+    timeout: float = 600.0
+    stop_at_first: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a run found. `results` are in the order of the plan, whoever ran them."""
+
+    backend: str
+    describe: Mapping[str, Any]
+    settings: Settings
+    results: list[UnitResult] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def conforming(self) -> bool:
+        """No case failed, and at least one passed."""
+        statuses = Counter(r.status for r in self.results)
+        return not statuses["fail"] and statuses["pass"] > 0
+
+    def violations(self) -> list[Violation]:
+        """Every violation, the diagnosed ones of minimal cases in place of the raw ones."""
+        diagnosed = {f.index: f.violations for f in self.failures}
+        return [v for r in self.results for v in diagnosed.get(r.index, r.violations)]
+
+
+def plan_units(plan: Plan, settings: Settings) -> list[Unit]:
+    """Every unit of a run in its fixed order: the same plan and settings give the same list."""
+    units: list[Unit] = []
+    for name, prop in REGISTRY.items():
+        for recipe in prop.draw(plan):
+            units.append(Unit(len(units), name, recipe))
+    return units
+
+
+def conform(
+    target: str,
+    settings: Settings,
+    *,
+    backend: Any = None,
+    progress: Progress | None = None,
+    oracle: Oracle | None = None,
+) -> Outcome:
+    """Run the suite.
+
+    Args:
+        target: what `backends.resolve` takes; with `backend` given, a name for reports.
+        backend: an object to test in this process; then `settings.workers` does not matter.
+        oracle: shared by several runs in one process, so that they share the reference's answers.
+
+    Raises:
+        CannotRun: there is no such backend, or it does not start.
+    """
+    from rattention.conformance.workers import Pool
+
+    begin = time.perf_counter()
+    local = backend is not None
+    backend = backend if local else backends.resolve(target)
+    about = backends.describe(backend, target)
+    plan = make_plan(settings.profile, settings.seed, about, settings.vectors)
+    units = plan_units(plan, settings)
+    outcome = Outcome(target, about, settings)
+    if local or settings.workers <= 0:
+        session = Session(backend, about, plan, settings.select, oracle)
+        _in_process(session, units, outcome, settings, progress)
+    else:
+        close(backend)
+        with Pool(target, plan, settings) as pool:
+            outcome.results = pool.run(units, progress)
+            chosen = worth_shrinking(outcome.results)
+            outcome.failures = pool.minimise([units[i] for i in chosen])
+    if not local:
+        close(backend)
+    outcome.failures.sort(key=lambda f: f.index)
+    outcome.seconds = time.perf_counter() - begin
+    return outcome
+
+
+def _in_process(
+    session: Session, units: list[Unit], outcome: Outcome, settings: Settings, progress: Progress | None
+) -> None:
+    failed = 0
+    for done, unit in enumerate(units):
+        result = session.run(unit)
+        outcome.results.append(result)
+        failed += result.status == "fail"
+        if progress:
+            progress(done + 1, len(units), failed)
+        if failed and settings.stop_at_first:
+            break
+    for index in worth_shrinking(outcome.results):
+        failure = session.minimise(units[index])
+        if failure:
+            outcome.failures.append(failure)
+
+
+def worth_shrinking(results: list[UnitResult]) -> list[int]:
+    """Indices of the failures that are made small: a few per property and operation, the quickest first."""
+    seen: Counter[tuple[str, str]] = Counter()
+    chosen = []
+    for r in sorted((r for r in results if r.status == "fail"), key=lambda r: (r.seconds > 0.5, r.index)):
+        key = (r.property_name, r.op)
+        if seen[key] < FAILURES_PER_KIND and len(chosen) < FAILURES_SHRUNK:
+            seen[key] += 1
+            chosen.append(r.index)
+    return chosen
+
+
+def close(backend: Any) -> None:
+    """Stop a port's process; other backends have nothing to close."""
+    stop = getattr(backend, "close", None)
+    if callable(stop):
+        stop()

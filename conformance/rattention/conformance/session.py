@@ -1,0 +1,174 @@
+"""One backend under one plan in this process: units of work in, results out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rattention.conformance import vectors
+from rattention.conformance.case import Case
+from rattention.conformance.context import Broken, Context, Refused, storage_of
+from rattention.conformance.diagnose import diagnose
+from rattention.conformance.judge import Violation
+from rattention.conformance.oracle import Oracle
+from rattention.conformance.properties import REGISTRY, Property, make_case
+from rattention.conformance.shrink import shrink
+from rattention.conformance.strategies import Plan, Recipe
+from rattention.spec import load
+
+
+@dataclass
+class Unit:
+    """One case to run: a property and a recipe."""
+
+    index: int
+    property_name: str
+    recipe: Recipe
+
+
+@dataclass
+class UnitResult:
+    """What became of a unit. status: pass, fail, unsupported or skip."""
+
+    index: int
+    property_name: str
+    op: str
+    dtype: str
+    status: str
+    clauses: tuple[str, ...] = ()
+    violations: list[Violation] = field(default_factory=list)
+    reason: str = ""
+    seconds: float = 0.0
+    calls: int = 0
+    shares: dict[tuple[str, str, str], float] = field(default_factory=dict)
+
+
+@dataclass
+class Failure:
+    """A failure made small: the case file's bytes, the recipe it came from and what is wrong."""
+
+    index: int
+    property_name: str
+    op: str
+    dtype: str
+    recipe: str
+    violations: list[Violation]
+    case: bytes
+    note: str = ""
+
+
+class Session:
+    """Runs units against one backend. Not shared between processes: each worker has its own."""
+
+    def __init__(
+        self,
+        backend: Any,
+        describe: Mapping[str, Any],
+        plan: Plan,
+        select: str = "",
+        oracle: Oracle | None = None,
+    ):
+        self.plan = plan
+        self.select = select
+        self.ctx = Context(backend, describe, plan, oracle)
+
+    def run(self, unit: Unit) -> UnitResult:
+        """One unit. A fault of the suite itself is not caught: it is no verdict on the backend."""
+        begin = time.perf_counter()
+        prop = REGISTRY[unit.property_name]
+        case = make_case(prop, self.plan, unit.recipe)
+        result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
+        if case is None or not self.selected(case):
+            return result
+        result.op, result.dtype, result.clauses = case.op, storage_of(case), case.clauses
+        if case.op not in load().operations:
+            result.dtype = "any"
+        calls = self.ctx.calls
+        result.violations, result.reason = self.verdict(prop, case)
+        result.status = "fail" if result.violations else "unsupported" if result.reason else "pass"
+        result.calls = self.ctx.calls - calls
+        result.shares, self.ctx.shares = self.ctx.shares, {}
+        result.seconds = time.perf_counter() - begin
+        return result
+
+    def selected(self, case: Case) -> bool:
+        """Whether --select keeps the case: a clause, the letters of a group of clauses, or an operation."""
+        wanted = self.select
+        if not wanted:
+            return True
+        names = {case.op, case.base_op, case.property_name, *case.clauses}
+        return wanted in names or any(label.startswith(wanted + "-") for label in case.clauses)
+
+    def verdict(self, prop: Property, case: Case) -> tuple[list[Violation], str]:
+        """Violations, and the reason where the backend refused with every right to it."""
+        ctx = self.ctx
+        ctx.violations = []
+        found: list[Violation] = []
+        reason = ""
+        try:
+            with np.errstate(all="ignore"):
+                found = prop.check(ctx, case)
+        except Refused as refusal:
+            reason = str(refusal)
+        except Broken:
+            pass
+        found, ctx.violations = [*ctx.violations, *found], []
+        return found, reason
+
+    def minimise(self, unit: Unit) -> Failure | None:
+        """Shrink a failing unit, name the likeliest fault, and write the case with the reference's answer.
+
+        None where the failure does not come back: the backend is not deterministic, which NUM-4 reports.
+        """
+        prop = REGISTRY[unit.property_name]
+        original = make_case(prop, self.plan, unit.recipe)
+        if original is None:
+            return None
+        before, _ = self.verdict(prop, original)
+        if not before:
+            return None
+        marks = {(v.kind, v.output) for v in before}
+
+        def fails(recipe: Recipe) -> bool:
+            case = self._legal(prop, recipe)
+            return case is not None and any((v.kind, v.output) in marks for v in self.verdict(prop, case)[0])
+
+        attempts = {"direct": 60, "compiled": 10, "interpreted": 6}[self.plan.cost]
+        recipe = shrink(unit.recipe, fails, attempts) if prop.shrinks else unit.recipe
+        case = self._legal(prop, recipe) or original
+        violations, _ = self.verdict(prop, case)
+        violations = violations or before
+        diagnose(self.ctx, case, recipe, violations, before)
+        self._answer(case, violations)
+        return Failure(
+            unit.index,
+            unit.property_name,
+            case.op,
+            storage_of(case) if case.op in load().operations else "any",
+            recipe.describe(),
+            violations,
+            vectors.case_bytes(case),
+            case.note,
+        )
+
+    def _legal(self, prop: Property, recipe: Recipe) -> Case | None:
+        """The case of a recipe, or None where shrinking has made one that cannot exist."""
+        if recipe.has("rope") and recipe.D % 2:
+            return None
+        try:
+            return make_case(prop, self.plan, recipe)
+        except (ValueError, IndexError, ZeroDivisionError):
+            return None
+
+    def _answer(self, case: Case, violations: list[Violation]) -> None:
+        """Store value and budget beside the inputs, where the case is a valid call."""
+        case.clauses = tuple(dict.fromkeys(label for v in violations for label in v.clauses)) or case.clauses
+        try:
+            bounds = self.ctx.bounds(case.op, case.tensors, case.attrs)
+        except (ValueError, KeyError):
+            return
+        case.expected = {name: value for name, (value, _) in bounds.items()}
+        case.budget = {name: limit for name, (_, limit) in bounds.items()}

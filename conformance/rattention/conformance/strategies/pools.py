@@ -1,0 +1,234 @@
+"""The pools that recipes are drawn from: sizes beside borders, every option, every family, in balanced proportions.
+
+A `Plan` belongs to one run: profile, seed and the backend's description. Backends that compile a program per
+signature (shapes, dtypes, options, attributes) get signatures from a pool that depends on the profile alone, and fresh
+values from the seed; the others get fresh signatures too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from rattention.conformance.strategies.recipe import Recipe
+from rattention.conformance.strategies.values import FAMILIES
+from rattention.spec import load
+
+PROFILES = ("smoke", "quick", "full")
+COSTS = ("direct", "compiled", "interpreted")
+BY_NAME = {"jax": "compiled", "torch-triton": "interpreted", "jax-pallas": "interpreted"}
+
+DTYPES = ("float32", "bfloat16", "float16")
+OPTIONS = {
+    "sliding_window_attention": ("rope", "positions", "segments", "scale"),
+    "residual_linear_attention": ("segments", "q_scale", "k_scale", "memory", "initial_state"),
+    "rattention": ("rope", "positions", "segments", "scale", "q_scale", "k_scale", "memory", "initial_state"),
+    "rattention_extend": ("rope", "scale", "q_scale", "k_scale", "memory", "lengths"),
+}
+COTANGENTS = {
+    "residual_linear_attention": ("d_final_state",),
+    "rattention": ("d_final_state",),
+    "rattention_extend": ("d_cache_k", "d_cache_v", "d_cache_state"),
+}
+
+
+class Bag:
+    """Draws from weighted levels without replacement until they are used up: balanced even in short runs."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
+        self.left: dict[str, list[Any]] = {}
+
+    def pick(self, factor: str, levels: Sequence[Any]) -> Any:
+        bag = self.left.get(factor)
+        if not bag:
+            bag = [levels[i] for i in self.rng.permutation(len(levels))]
+            self.left[factor] = bag
+        return bag.pop()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run draws from. `cost` is "direct", "compiled" or "interpreted"; `tiles` come from `describe()`."""
+
+    profile: str
+    seed: int
+    cost: str = "direct"
+    dtypes: tuple[str, ...] = DTYPES
+    operations: tuple[str, ...] = ()
+    tiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    vectors: tuple[str, ...] = ()
+
+    def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
+        """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""
+        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 4 * quick}[self.profile]
+        return number if self.cost == "direct" else max(1, round(number * compiled))
+
+    def rng(self, *purpose: Any) -> np.random.Generator:
+        """A stream of its own for each purpose, from the run's seed."""
+        return np.random.default_rng((self.seed & 0xFFFFFFFF, zlib.crc32(repr(purpose).encode())))
+
+    def shape_rng(self, *purpose: Any) -> np.random.Generator:
+        """As `rng`, but from the profile alone where programs are compiled per shape."""
+        if self.cost == "direct":
+            return self.rng("shapes", *purpose)
+        return np.random.default_rng((PROFILES.index(self.profile), zlib.crc32(repr(purpose).encode())))
+
+    def has(self, op: str) -> bool:
+        return not self.operations or op in self.operations
+
+    def token_tiles(self) -> tuple[int, ...]:
+        return tuple(self.tiles.get("T", ()))
+
+
+def make_plan(profile: str, seed: int, describe: Mapping[str, Any], vectors: tuple[str, ...] = ()) -> Plan:
+    """The plan of a run against a backend that describes itself so; what a broken description lacks is empty."""
+    tiles = describe.get("tile_sizes")
+    tiles = tiles if isinstance(tiles, Mapping) else {}
+    sizes = {str(k): tuple(int(x) for x in v) for k, v in tiles.items() if isinstance(v, list | tuple)}
+    cost = describe.get("cost") or BY_NAME.get(str(describe.get("name")), "direct")
+    return Plan(profile, seed, cost if cost in COSTS else "direct", tiles=sizes, vectors=vectors)
+
+
+def beside(values: Sequence[int], low: int, high: int) -> list[int]:
+    """Each value, one below and one above, inside [low, high]."""
+    return sorted({v + d for v in values for d in (-1, 0, 1) if low <= v + d <= high})
+
+
+def tokens(plan: Plan, size: str) -> list[int]:
+    """T for a size class; a tile border is a border of every backend that has one."""
+    tiles = plan.token_tiles() or (16, 32, 64)
+    if size == "small":
+        return [1, 2, 3, 4, 5, 6, 7, 8, 9, 11]
+    if size == "medium":
+        return [12, 15, 16, 17, 23, 31, 32, 33, 40]
+    if size == "tile":
+        return beside([*tiles, *(2 * t for t in tiles)], 12, 300 if plan.cost == "direct" else 140) or [33, 64, 65]
+    if size == "wide":
+        return [3, 6, 9]
+    if plan.cost == "interpreted":
+        return [150, 261]
+    return [1030, 1047, 1090]
+
+
+def channels(plan: Plan, size: str, *, even: bool) -> list[int]:
+    """D for a size class."""
+    declared = [d for d in beside(plan.tiles.get("D", ()), 1, 160)]
+    levels = {
+        "small": [1, 2, 3, 4, 4, 5, 6, 8],
+        "medium": [2, 4, 7, 8, 12, 16],
+        "tile": [4, 6, 8, 16],
+        "wide": [24, 33, 40, 64, 80, 96, 128, *declared],
+        "long": [4, 6],
+    }[size]
+    return [d for d in levels if d % 2 == 0] if even else levels
+
+
+def windows(plan: Plan, T: int, size: str, draw: np.random.Generator) -> list[int | None]:
+    """Windows at, below and above T, 0, -1, None, and beside the tiles."""
+    inside = [int(draw.integers(1, max(T - 1, 2))), int(draw.integers(1, max(T // 2, 2))), max(T // 3, 1)]
+    levels: list[int | None] = [-1, 0, 1, 2, *inside, *inside, max(T - 2, 0), T - 1, T, T + 1, None]
+    if size == "long":
+        return [0, 3, -1, 64, 127, T // 2, 511, T - 6, None, T]
+    if size == "tile":
+        sizes = plan.tiles.get("window") or plan.token_tiles() or (16, 32, 64)
+        levels = [*beside(sizes, 0, max(T, 1)), *inside, -1, 0, None]
+    return levels
+
+
+def recipes(plan: Plan, op: str, size: str, count: int, purpose: str, **fixed: Any) -> Iterator[Recipe]:
+    """`count` recipes of one size class, every factor balanced; `fixed` holds fields that do not vary."""
+    shapes, bag = plan.shape_rng(purpose, op, size), Bag(plan.shape_rng(purpose, op, size, "bag"))
+    values, value_bag = plan.rng(purpose, op, size), Bag(plan.rng(purpose, op, size, "bag"))
+    signatures = count
+    if plan.cost != "direct":
+        # Each compiled program is worth several sets of values.
+        signatures = max(1, (count + 2) // 3)
+    drawn = [_signature(plan, op, size, shapes, bag, fixed) for _ in range(signatures)]
+    for i in range(count):
+        yield _values(plan, drawn[i % signatures], values, value_bag, fixed)
+
+
+def _signature(plan: Plan, op: str, size: str, rng: np.random.Generator, bag: Bag, fixed: dict[str, Any]) -> Recipe:
+    base = op.removesuffix(".vjp")
+    extend = base == "rattention_extend"
+    options = [o for o in OPTIONS.get(base, ()) if bag.pick(f"option {o}", [True, False])]
+    if op.endswith(".vjp"):
+        options += [o for o in COTANGENTS.get(base, ()) if bag.pick(f"option {o}", [True, True, False])]
+    if "rope" not in options and "positions" in options:
+        options.append("rope")
+    if "options" in fixed:
+        options = list(fixed["options"])
+    T = fixed.get("T", bag.pick("T", _extend_tokens(plan, size) if extend else tokens(plan, size)))
+    even = "rope" in options or base == "rope_table"
+    D = bag.pick(f"D even={even}", channels(plan, size, even=even))
+    heads = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (1, 8), (2, 3)]
+    if size in ("long", "tile", "wide"):
+        heads = [(1, 1), (1, 2), (2, 1), (1, 3), *([(2, 2), (1, 8)] if size == "wide" else [])]
+    Hkv, G = bag.pick("heads", heads)
+    if extend:
+        window = bag.pick("window", _extend_windows(plan, size, rng))
+    else:
+        window = bag.pick("window class", windows(plan, 1000, size, rng)) if size == "long" else None
+        if size != "long":
+            levels = windows(plan, T, size, rng)
+            window = levels[bag.pick(f"window of {len(levels)}", range(len(levels)))]
+    recipe = Recipe(
+        op=op,
+        dtype=bag.pick("dtype", plan.dtypes),
+        B=bag.pick("B", [1, 2, 2, 3] if size in ("small", "medium") else [1, 1, 2] if size != "long" else [1]),
+        T=T,
+        Hkv=Hkv,
+        G=G,
+        D=D,
+        Dv=bag.pick("Dv", [D, 3, 5, 8, 2, 4] if size != "wide" else [D, 16, 65, 96]),
+        window=window if window is None else max(window, -1),
+        feature_map=bag.pick("feature_map", ["softmax", "relu", "identity"]),
+        scale=float(bag.pick("scale", [0.25, 1.0, -0.75, 0.0, 2.0, 0.5])) if "scale" in options else None,
+        eps=bag.pick("eps", [1e-6, 1e-6, 1e-2, 1e-5]),
+        options=tuple(o for o in options if o != "scale"),
+        slots=bag.pick("slots", [0, 1, 4, 7]) if window is None else 0,
+        weights=bag.pick("weights", ["float32", "storage"]),
+    )
+    return recipe.with_(**{k: v for k, v in fixed.items() if k != "T"})
+
+
+def _values(plan: Plan, recipe: Recipe, rng: np.random.Generator, bag: Bag, fixed: dict[str, Any]) -> Recipe:
+    flags = [o for o in ("poison", "defaults") if bag.pick(o, [True, False])]
+    drawn = {
+        "family": bag.pick("family", [*FAMILIES, "normal"]),
+        "layout": bag.pick("layout", ["mixed", "mixed", "pair", "tile", "many", "left", "middle", "empty"]),
+        "fill": bag.pick("fill", ["mixed", "mixed", "beyond", "partial", "full", "empty"]),
+        "seed": int(rng.integers(0, 2**31)),
+        "options": recipe.options + tuple(flags),
+    }
+    return recipe.with_(**{k: v for k, v in drawn.items() if k not in fixed or k == "options"})
+
+
+def _extend_tokens(plan: Plan, size: str) -> list[int]:
+    return {
+        "small": [1, 1, 2, 3, 4, 5, 7, 9, 0],
+        "medium": [1, 2, 12, 16, 17, 33],
+        "tile": [*beside(plan.token_tiles() or (16, 32, 64), 1, 70), 1, 1],
+        "wide": [1, 3, 6],
+        "long": [1, 2, 1030] if plan.cost != "interpreted" else [1, 150],
+    }[size]
+
+
+def _extend_windows(plan: Plan, size: str, rng: np.random.Generator) -> list[int | None]:
+    w = int(rng.integers(1, 8))
+    return {
+        "small": [-1, 0, 1, 2, 3, w, w, 6, 9, None],
+        "medium": [-1, 0, 1, w, 11, 16, 17, 40, None],
+        "tile": [*beside(plan.tiles.get("window") or (16, 32, 64), 1, 70), None],
+        "wide": [-1, 0, 2, w, None],
+        "long": [3, 511, 1029, 1030] if plan.cost != "interpreted" else [3, 130],
+    }[size]
+
+
+def supported(plan: Plan) -> list[str]:
+    """Operations that have vectors of their own in this plan, in the order of the specification."""
+    return [op for op in load().operations if plan.has(op)]

@@ -1,0 +1,176 @@
+"""Worker processes: each loads the backend afresh; one that dies or hangs costs its case alone."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any
+
+from rattention.conformance import backends
+from rattention.conformance.judge import Violation
+from rattention.conformance.session import Failure, Session, Unit, UnitResult
+from rattention.conformance.strategies import Plan
+
+if TYPE_CHECKING:
+    from rattention.conformance.runner import Progress, Settings
+
+START_LIMIT = 300.0
+"""Seconds a worker may take to load its backend."""
+
+
+def serve(pipe: Connection, target: str, plan: Plan, select: str) -> None:
+    """The life of a worker: load, then answer ("run" | "minimise", units) with one message per unit."""
+    backend = backends.resolve(target)
+    session = Session(backend, backends.describe(backend, target), plan, select)
+    pipe.send(("ready", None))
+    with contextlib.suppress(EOFError):
+        while True:
+            what, units = pipe.recv()
+            if what == "stop":
+                break
+            for unit in units:
+                try:
+                    answer = session.run(unit) if what == "run" else session.minimise(unit)
+                except BaseException as error:
+                    # The suite itself failed: say where, and let the parent stop the run.
+                    import traceback
+
+                    pipe.send(("fault", f"{unit.property_name}: {unit.recipe.describe()}\n{traceback.format_exc()}"))
+                    if isinstance(error, KeyboardInterrupt):
+                        raise
+                    return
+                pipe.send(("done", answer))
+    stop = getattr(backend, "close", None)
+    if callable(stop):
+        stop()
+
+
+class SuiteFault(Exception):
+    """A fault of the suite, not of the backend."""
+
+
+class _Worker:
+    def __init__(self, target: str, plan: Plan, select: str):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, target, plan, select), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.ready = False
+        self.queue: deque[Unit] = deque()
+        self.since = time.monotonic()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+class Pool:
+    """`settings.workers` processes that share one list of units, heavy ones first."""
+
+    def __init__(self, target: str, plan: Plan, settings: Settings):
+        self.target, self.plan, self.settings = target, plan, settings
+        self.workers = [self._start() for _ in range(settings.workers)]
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for worker in self.workers:
+            with contextlib.suppress(OSError, ValueError):
+                worker.pipe.send(("stop", None))
+        for worker in self.workers:
+            worker.process.join(5)
+            if worker.process.is_alive():
+                worker.kill()
+
+    def _start(self) -> _Worker:
+        return _Worker(self.target, self.plan, self.settings.select)
+
+    def run(self, units: Sequence[Unit], progress: Progress | None = None) -> list[UnitResult]:
+        """Results in the order of `units`."""
+        results: dict[int, UnitResult] = {}
+        failed = 0
+
+        def take(unit: Unit, answer: Any) -> None:
+            nonlocal failed
+            results[unit.index] = answer
+            failed += answer.status == "fail"
+            if progress:
+                progress(len(results), len(units), failed)
+
+        self._spread("run", self._chunks(units), take, _lost)
+        return [results[u.index] for u in units]
+
+    def minimise(self, units: Sequence[Unit]) -> list[Failure]:
+        """Minimal cases of failing units; a unit that kills the worker while it shrinks is left as it was."""
+        found: list[Failure] = []
+
+        def take(unit: Unit, answer: Any) -> None:
+            if answer is not None:
+                found.append(answer)
+
+        self._spread("minimise", deque([u] for u in units), take, lambda unit, why: None)
+        return found
+
+    def _chunks(self, units: Sequence[Unit]) -> deque[list[Unit]]:
+        """Units that share a compiled program stay together; what is long goes first: nobody waits at the end."""
+        groups: dict[Any, list[Unit]] = {}
+        for i, unit in enumerate(units):
+            key = (unit.recipe.signature,) if self.plan.cost != "direct" else (i // 24,)
+            groups.setdefault(key, []).append(unit)
+        return deque(sorted(groups.values(), key=lambda g: -max(u.recipe.T * u.recipe.T for u in g)))
+
+    def _spread(self, what: str, chunks: deque[list[Unit]], take: Any, lost: Any) -> None:
+        while chunks or any(w.queue for w in self.workers):
+            for i, worker in enumerate(self.workers):
+                if worker.ready and not worker.queue and chunks:
+                    chunk = chunks.popleft()
+                    worker.queue.extend(chunk)
+                    worker.since = time.monotonic()
+                    worker.pipe.send((what, chunk))
+                limit = self.settings.timeout if worker.ready else START_LIMIT
+                if (worker.queue or not worker.ready) and time.monotonic() - worker.since > limit:
+                    self._replace(i, f"no answer within {limit:.0f} s", chunks, take, lost)
+            for pipe in wait([w.pipe for w in self.workers], timeout=1.0):
+                i = next(n for n, w in enumerate(self.workers) if w.pipe is pipe)
+                worker = self.workers[i]
+                try:
+                    kind, answer = worker.pipe.recv()
+                except (EOFError, OSError):
+                    worker.process.join(5)
+                    self._replace(i, f"the process died with exit code {worker.process.exitcode}", chunks, take, lost)
+                    continue
+                worker.since = time.monotonic()
+                if kind == "ready":
+                    worker.ready = True
+                elif kind == "fault":
+                    raise SuiteFault(answer)
+                else:
+                    take(worker.queue.popleft(), answer)
+
+    def _replace(self, i: int, why: str, chunks: deque[list[Unit]], take: Any, lost: Any) -> None:
+        """Start a new worker in place of a lost one; the unit it was at is judged by `lost`, the others go back."""
+        worker = self.workers[i]
+        worker.kill()
+        if not worker.ready:
+            raise backends.CannotRun(f"{self.target} does not start in a worker process: {why}")
+        rest = list(worker.queue)
+        if rest:
+            answer = lost(rest[0], why)
+            if answer is not None:
+                take(rest[0], answer)
+            if rest[1:]:
+                chunks.append(rest[1:])
+        self.workers[i] = self._start()
+
+
+def _lost(unit: Unit, why: str) -> UnitResult:
+    recipe = unit.recipe
+    violation = Violation(("BCK-3",), f"{recipe.op}: the backend took its process down: {why}", "crash")
+    return UnitResult(unit.index, unit.property_name, recipe.op, recipe.dtype, "fail", ("BCK-3",), [violation])
