@@ -42,8 +42,8 @@ def run_chunk(plan: Plan, state: Any, data: Arrays, fixed: Arrays) -> tuple[Any,
     if plan.mix or not plan.softmax:
         rla, state = _linear_branch(plan, state, q, k, v, data, fixed)
     if plan.mix:
-        weights = (wide(data[n]).reshape(kv_heads, 1, group, channels) for n in ("swa_weight", "rla_weight"))
-        out = mix(swa, rla, *weights, fixed["eps"])
+        a, b = (wide(data[n]).reshape(kv_heads, 1, group, channels) for n in ("swa_weight", "rla_weight"))
+        out = mix(swa, rla, a, b, fixed["eps"])
     else:
         out = swa if plan.softmax else rla
     out = out.swapaxes(1, 2).reshape(batch, queries, heads, channels)
