@@ -38,7 +38,7 @@ clean: ## remove what the other targets made
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -e '.[torch,jax,conformance,onnx,dev,pinned]'
+	$(BIN)/pip install --quiet -e '.[torch,jax,conformance,onnx,dev,docs,pinned]'
 	touch $@
 
 $(DOCS_STAMP): pyproject.toml

@@ -1,6 +1,6 @@
 """Builds the site: stages the Markdown of the repository, adds generated pages, runs Sphinx with warnings as errors.
 
-    python docs/build.py [OUTPUT]        # OUTPUT defaults to site/
+    python docs/build.py [OUTPUT [STAGE]]        # site/ and build/docs/ unless given
 
 The chapters and guides are the same files that are read on a code host; nothing is written twice. Staging keeps their
 places, so relative links hold. A link to a file that is no page becomes a download, one to a folder plain text.
@@ -109,14 +109,17 @@ def stage() -> None:
     )
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     from sphinx.cmd.build import main as sphinx
 
+    global STAGE
+    output = Path(arguments[0]) if arguments else ROOT / "site"
+    STAGE = Path(arguments[1]) if len(arguments) > 1 else STAGE
     stage()
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "site"
     shutil.rmtree(output, ignore_errors=True)
-    return sphinx(["-q", "-W", "--keep-going", "-b", "html", "-c", str(ROOT / "docs"), str(STAGE), str(output)])
+    options = ["-q", "-W", "--keep-going", "-b", "html", "-c", str(ROOT / "docs"), "-d", f"{STAGE}.doctrees"]
+    return sphinx([*options, str(STAGE), str(output)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -66,7 +66,10 @@ static char *parse_string(void) {
     if (c) at++;
     if (c == 'u') {
       unsigned u = hex4();
-      if (u >= 0xD800 && u < 0xDC00 && at[0] == '\\' && at[1] == 'u') { at += 2; u = 0x10000 + ((u - 0xD800) << 10) + (hex4() - 0xDC00); }
+      if (u >= 0xD800 && u < 0xDC00 && at[0] == '\\' && at[1] == 'u') {
+        at += 2;
+        u = 0x10000 + ((u - 0xD800) << 10) + (hex4() - 0xDC00);
+      }
       out = utf8(out, u);
     } else *out++ = c == 'n' ? '\n' : c == 't' ? '\t' : c == 'r' ? '\r' : c == 'b' ? '\b' : c == 'f' ? '\f' : c;
   }
@@ -220,16 +223,18 @@ static const char *load(const char *path, Tensors *all) {
 static const char *save(const char *path, Tensors *all) {
   char header[8192];
   size_t length = 0, offset = 0;
-  length += (size_t)snprintf(header, sizeof header, "{");
+#define PRINT(...) length += (size_t)snprintf(header + length, sizeof header - length, __VA_ARGS__)
+  PRINT("{");
   for (int n = 0; n < all->count; n++) {
     Tensor *t = &all->t[n];
     size_t bytes = (size_t)t->count * (size_t)WIDTHS[t->dtype];
-    length += (size_t)snprintf(header + length, sizeof header - length, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", n ? "," : "", t->name, CODES[t->dtype]);
-    for (int a = 0; a < t->rank; a++) length += (size_t)snprintf(header + length, sizeof header - length, "%s%ld", a ? "," : "", t->shape[a]);
-    length += (size_t)snprintf(header + length, sizeof header - length, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
+    PRINT("%s\"%s\":{\"dtype\":\"%s\",\"shape\":[", n ? "," : "", t->name, CODES[t->dtype]);
+    for (int a = 0; a < t->rank; a++) PRINT("%s%ld", a ? "," : "", t->shape[a]);
+    PRINT("],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
     offset += bytes;
   }
-  length += (size_t)snprintf(header + length, sizeof header - length, "}");
+  PRINT("}");
+#undef PRINT
   while (length % 8) header[length++] = ' ';
   FILE *file = fopen(path, "wb");
   if (!file) return "cannot write the tensor file";
@@ -390,7 +395,8 @@ static void attention(Tensors *in, Tensors *out, const Attributes *a, int near, 
       }
       last = c;
       if (c < W) continue;
-      for (; far && w != NONE && folded <= c - w - 1; folded++) fold(S, phi + folded * F, values + folded * Dv, F, Dv); /* RLA-1 */
+      for (; far && w != NONE && folded <= c - w - 1; folded++) /* RLA-1 */
+        fold(S, phi + folded * F, values + folded * Dv, F, Dv);
       long first = c - r.index[c] > 0 ? c - r.index[c] : 0; /* of the document, or of the cache */
       while (r.document[first] != document) first++;        /* unused slots */
       long begin = w == NONE || c - w < first ? first : c - w; /* SWA-1 */
@@ -432,7 +438,8 @@ static void attention(Tensors *in, Tensors *out, const Attributes *a, int near, 
       }
     }
     long keep = w == NONE ? N : w < 0 ? 0 : w; /* tokens that stay out of the state (RLA-6, RLA-9, EXT-5) */
-    for (; far && w != NONE && last >= 0 && folded <= last - keep; folded++) fold(S, phi + folded * F, values + folded * Dv, F, Dv);
+    for (; far && w != NONE && last >= 0 && folded <= last - keep; folded++)
+      fold(S, phi + folded * F, values + folded * Dv, F, Dv);
     if (far) memcpy(state->x + (b * Hkv + h) * F * Dv, S, sizeof(float) * (size_t)(F * Dv));
     if (extend) { /* EXT-4: the newest last, zeros on the left */
       Tensor *lengths = find(in, "lengths");
@@ -477,9 +484,11 @@ static void rms_mix_op(Tensors *in, Tensors *out, const Attributes *a) {
 static const char *const DESCRIBE =
     "{\"reply\":\"describe\",\"protocol\":1,\"describe\":{"
     "\"name\":\"c-scalar\",\"version\":\"1\",\"spec_version\":\"1.0.0-draft.1\","
-    "\"operations\":[\"feature_map\",\"sliding_window_attention\",\"residual_linear_attention\",\"rms_mix\",\"rattention\",\"rattention_extend\"],"
+    "\"operations\":[\"feature_map\",\"sliding_window_attention\",\"residual_linear_attention\",\"rms_mix\","
+    "\"rattention\",\"rattention_extend\"],"
     "\"dtypes\":[\"float32\",\"bfloat16\",\"float16\"],"
-    "\"capabilities\":[\"rope\",\"positions\",\"segments\",\"scales\",\"memory\",\"initial_state\",\"cache\",\"lengths\"],"
+    "\"capabilities\":[\"rope\",\"positions\",\"segments\",\"scales\",\"memory\",\"initial_state\",\"cache\","
+    "\"lengths\"],"
     "\"tile_sizes\":{\"T\":[],\"window\":[],\"D\":[]},\"limits\":{}}}";
 
 static void print_string(const char *text) {
@@ -542,7 +551,8 @@ int main(void) {
       const char *fault = load(string_of(request, "tensors"), &in), *reason = NULL;
       if (!fault && !(reason = run(request, &in, &out))) fault = save(string_of(request, "outputs"), &out);
       if (fault || reason) {
-        printf("{\"reply\":\"%s\",\"id\":%ld,\"%s\":", fault ? "error" : "unsupported", id, fault ? "message" : "reason");
+        const char *reply = fault ? "error" : "unsupported", *field = fault ? "message" : "reason";
+        printf("{\"reply\":\"%s\",\"id\":%ld,\"%s\":", reply, id, field);
         print_string(fault ? fault : reason);
         puts("}");
       } else printf("{\"reply\":\"result\",\"id\":%ld,\"metadata\":{\"path\":\"scalar\",\"kernels\":[]}}\n", id);

@@ -25,7 +25,14 @@ class Broken(Exception):
 
 
 class PortFailure(Exception):
-    """A port of another language crashed, hung or answered garbage; raised by the wire client (WIRE-3)."""
+    """A port of another language crashed, hung or answered garbage; raised by the wire client (WIRE-3).
+
+    `clause` is the rule of the protocol that it broke.
+    """
+
+    def __init__(self, text: str, clause: str = "WIRE-3"):
+        super().__init__(text)
+        self.clause = clause
 
 
 class Context:
@@ -57,14 +64,14 @@ class Context:
         before = {name: np.array(x, copy=True, order="K") for name, x in tensors.items()}
         self.calls += 1
         try:
-            result = self.backend.run(op, tensors, attrs)
+            result = self.backend.run(op, getattr(tensors, "whole", tensors), attrs)
         except Unsupported as refusal:
             self._unsupported(op, tensors, attrs, refusal)
             raise Refused(str(refusal)) from None
         except SpecError as error:
             self._break(("BCK-5", error.clause), f"a valid call was refused: {error}", "refusal")
         except PortFailure as failure:
-            self._break(("WIRE-3", "BCK-3"), str(failure), "crash")
+            self._break((failure.clause, "BCK-3"), str(failure), "crash")
         except Exception as error:  # a backend may fail in any way it likes
             where = traceback.extract_tb(error.__traceback__)[-1]
             self._break(
@@ -77,6 +84,10 @@ class Context:
         self._structure(op, tensors, attrs, result)
         self._memory(op, tensors, result)
         return dict(result)
+
+    def run_raw(self, op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """As `run`, for a call that names absent tensors as None."""
+        return self.run(op, _Given(tensors), attrs)
 
     def _break(self, clauses: tuple[str, ...], message: str, kind: str) -> None:
         self.violations.append(Violation(clauses, message, kind))
@@ -209,6 +220,14 @@ class Context:
                 key = (case.op, dtype, name)
                 self.shares[key] = max(self.shares.get(key, 0.0), share)
         return found
+
+
+class _Given(dict[str, np.ndarray]):
+    """Tensors of a call with absent ones as None: the watch sees the present ones, the backend sees all."""
+
+    def __init__(self, tensors: Mapping[str, Any]):
+        super().__init__({n: x for n, x in tensors.items() if x is not None})
+        self.whole = dict(tensors)
 
 
 def storage_of(case: Case) -> str:

@@ -88,6 +88,8 @@ def compare_one(
     infinite = np.isinf(y)
     share = np.where(np.isnan(y), np.where(missing, np.inf, 0.0), np.where(extra, np.inf, share))
     share = np.where(infinite, np.where(x == y, 0.0, np.inf), share)
+    # An infinite budget admits any number and both infinities: some values within it overflow the dtype.
+    share = np.where(np.isinf(limit) & ~np.isnan(x) & ~np.isnan(y), 0.0, share)
     share = np.where(np.isnan(share), np.inf, share)
     if live is not None:
         share = np.where(np.broadcast_to(live, share.shape), share, 0.0)

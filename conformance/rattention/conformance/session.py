@@ -83,7 +83,8 @@ class Session:
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
         if case is None or not self.selected(case):
             return result
-        result.op, result.dtype, result.clauses = case.op, storage_of(case), case.clauses
+        clauses = (*case.clauses, *getattr(self.ctx.backend, "clauses", ()))
+        result.op, result.dtype, result.clauses = case.op, storage_of(case), clauses
         if case.op not in load().operations:
             result.dtype = "any"
         calls = self.ctx.calls

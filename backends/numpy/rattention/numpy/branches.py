@@ -91,7 +91,8 @@ def linear_attention(
     weights = xp.matmul(fq, transpose(fk), regroup=True)
     out = xp.matmul(weights, v, behind)
     if state is not None:
-        out = out + xp.where(carried, xp.matmul(fq, state))
+        tokens = behind.sum(-1).max(-1, initial=0)[..., None, None]
+        out = out + xp.where(carried, xp.matmul(fq, xp.carried(state, tokens)))
     if memory is not None:
         out = out + xp.matmul(fq, memory)
     return out
@@ -118,7 +119,8 @@ def linear_attention_vjp(
     d_state = d_memory = None
     if state is not None:
         d_carried = xp.where(carried, d_out)
-        d_fq = d_fq + xp.matmul(d_carried, transpose(state))
+        tokens = behind.sum(-1).max(-1, initial=0)[..., None, None]
+        d_fq = d_fq + xp.matmul(d_carried, transpose(xp.carried(state, tokens)))
         d_state = xp.sum(xp.matmul(transpose(xp.where(carried, fq)), d_carried), 2)
     if memory is not None:
         d_fq = d_fq + xp.matmul(d_out, transpose(memory))
@@ -130,7 +132,10 @@ def final_state(xp: Any, fk: Array, v: Array, folded: np.ndarray, keeps: np.ndar
     """S_init + sum of phi(k_i)^T v_i over the folded tokens, [B, Hkv, F, Dv] (RLA-6, RLA-9, SEG-7, EXT-5)."""
     chosen = folded[:, None, None, :, None]
     total = xp.matmul(transpose(xp.where(chosen, fk)), xp.where(chosen, v))[:, :, 0]
-    return total if state is None else total + xp.where(keeps[:, None, None, None], state[:, :, 0])
+    if state is None:
+        return total
+    tokens = folded.sum(-1)[:, None, None, None]
+    return total + xp.where(keeps[:, None, None, None], xp.carried(state[:, :, 0], tokens))
 
 
 def final_state_vjp(
@@ -138,7 +143,8 @@ def final_state_vjp(
 ) -> tuple[Array, Array, Array]:
     """d_fk, d_v, d_state of `final_state`."""
     chosen = folded[:, None, None, :, None]
-    d = d_final[:, :, None]
+    # Backwards the recurrence starts from the cotangent of the state, and adds what each query reads.
+    d = xp.carried(d_final[:, :, None], folded.shape[-1])
     d_fk = xp.where(chosen, xp.matmul(xp.where(chosen, v), transpose(d)))
     d_v = xp.where(chosen, xp.matmul(xp.where(chosen, fk), d))
     return d_fk, d_v, xp.where(keeps[:, None, None, None], d_final)

@@ -65,6 +65,7 @@ class Space:
     take = staticmethod(exact.take)
     softmax = staticmethod(exact.softmax)
     shared = staticmethod(exact.shared)
+    carried = staticmethod(exact.carried)
 
     def operand(self, x: np.ndarray) -> np.ndarray:
         kind = self.operands or self.storage

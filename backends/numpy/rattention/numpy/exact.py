@@ -53,6 +53,11 @@ def shared(x: Array, n: Any) -> Array:
     return x
 
 
+def carried(x: Array, n: Any) -> Array:
+    """x, a state that n tokens are added to one after another: values are as they were, each sum rounds at its size."""
+    return x
+
+
 def softmax(s: Array, mask: np.ndarray | None = None) -> Array:
     """Softmax over the last axis of the entries that the mask selects; a row without any is 0 (SWA-3, SWA-5).
 

@@ -60,7 +60,8 @@ class Form:
 
     def get(self, name: str) -> np.ndarray | None:
         t = self.tensors.get(name)
-        return None if t is None else np.asarray(t).astype(self.accumulate)
+        # In C order, so that sums do not depend on the strides of the argument (NUM-7).
+        return None if t is None else np.asarray(t).astype(self.accumulate, order="C")
 
     def need(self, name: str) -> np.ndarray:
         t = self.get(name)

@@ -1,6 +1,31 @@
 """The properties of the suite, each a named function that cites the clauses it checks."""
 
-from rattention.conformance.properties import agreement, membership, stored
+from rattention.conformance.properties import (
+    agreement,
+    contract,
+    drift,
+    exact,
+    inert,
+    laws,
+    membership,
+    numerics,
+    stored,
+    symmetry,
+)
 from rattention.conformance.properties.base import REGISTRY, Property, make_case
 
-__all__ = ["REGISTRY", "Property", "agreement", "make_case", "membership", "stored"]
+__all__ = [
+    "REGISTRY",
+    "Property",
+    "agreement",
+    "contract",
+    "drift",
+    "exact",
+    "inert",
+    "laws",
+    "make_case",
+    "membership",
+    "numerics",
+    "stored",
+    "symmetry",
+]

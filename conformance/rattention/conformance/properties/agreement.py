@@ -23,7 +23,7 @@ COUNTS = {
     "medium": ((1, 8), (3, 36)),
     "tile": ((0, 4), (0, 9)),
     "wide": ((0, 6), (1, 9)),
-    "long": ((0, 1), (0, 3)),
+    "long": ((0, 1), (0, 2)),
 }
 # The share of these that backends with costly programs get.
 SHARES = {"small": 0.16, "medium": 0.2, "tile": 0.34, "wide": 0.34, "long": 0.67}

@@ -168,6 +168,8 @@ def _signature(plan: Plan, op: str, size: str, rng: np.random.Generator, bag: Ba
     heads = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (1, 8), (2, 3)]
     if size in ("long", "tile", "wide"):
         heads = [(1, 1), (1, 2), (2, 1), (1, 3), *([(2, 2), (1, 8)] if size == "wide" else [])]
+    if size == "long":
+        heads = [(1, 1), (1, 1), (1, 2)]
     Hkv, G = bag.pick("heads", heads)
     if extend:
         window = bag.pick("window", _extend_windows(plan, size, rng))

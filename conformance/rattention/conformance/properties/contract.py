@@ -1,0 +1,272 @@
+"""The contract between backend and runner: refusals, what describe() says, odd calls that are legal, empty sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from rattention.conformance.badcalls import bad_call, bad_names, base_call
+from rattention.conformance.case import Case
+from rattention.conformance.context import Context, PortFailure, storage_of
+from rattention.conformance.features import exercised
+from rattention.conformance.judge import Violation
+from rattention.conformance.properties.base import register
+from rattention.conformance.strategies import Plan, Recipe, build
+from rattention.conformance.strategies.pools import OPTIONS, supported
+from rattention.spec import SpecError, Unsupported, load
+
+ERRORS = tuple(label for label in load().clauses if label.startswith("ERR") and label not in ("ERR-12", "ERR-13"))
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def _draw_bad(plan: Plan) -> Iterator[Recipe]:
+    for n, op in enumerate(supported(plan)):
+        for i, dtype in enumerate(plan.dtypes if plan.profile != "smoke" else plan.dtypes[:1]):
+            if dtype == "float32" or i == 1 + (n + plan.seed) % 2 or plan.profile == "full":
+                seed = int(plan.rng("bad", op, dtype).integers(0, 2**31))
+                for entry, target in bad_names(op):
+                    yield Recipe(op, dtype, seed=seed, extra=(entry, target))
+
+
+def _make_bad(plan: Plan, recipe: Recipe) -> Case | None:
+    entry, target = recipe.extra
+    bad = bad_call(recipe.op, recipe.dtype, recipe.seed, entry, target)
+    if bad is None:
+        return None
+    clauses = tuple(dict.fromkeys((bad.clause, bad.raised_clause, "BCK-5")))
+    params = {"text": bad.text, "entry": entry, "target": target}
+    return Case(recipe.op, bad.tensors, bad.attrs, f"bad input {entry} ({target})", recipe.seed, clauses, params=params)
+
+
+@register("bad input", "every bad call is refused in the words of the shared validation", (*ERRORS, "BCK-5"), _draw_bad,
+          _make_bad, shrinks=False)  # fmt: skip
+def check_bad(ctx: Context, case: Case) -> list[Violation]:
+    """One SpecError, its text that of the shared validation; inputs as they were."""
+    want, entry = case.params["text"], case.params["entry"]
+    before = {n: x.copy() for n, x in case.tensors.items()}
+    clauses = case.clauses
+    ctx.calls += 1
+    if case.op not in (ctx.describe.get("operations") or ()):
+        return []
+    try:
+        ctx.backend.run(case.op, case.tensors, case.attrs)
+    except SpecError as error:
+        if str(error) == want:
+            return _untouched(case, before)
+        message = f"{entry}: refused with other words: {str(error)!r}, expected {want!r}"
+        return [Violation(("BCK-5", *clauses), message, "refusal")]
+    except PortFailure as failure:
+        return [Violation((failure.clause, *clauses), f"{entry}: {failure}", "crash")]
+    except Unsupported as refusal:
+        if ctx.entitled(case.op, *base_call(case.op, storage_of(case), case.seed or 0)):
+            return []  # both invalid and beyond the backend: no one right answer
+        return [
+            Violation(clauses, f"{entry}: Unsupported({refusal}) for an invalid call, expected {want!r}", "refusal")
+        ]
+    except Exception as error:
+        message = f"{entry}: {type(error).__name__}: {str(error)[:200]}; expected SpecError: {want}"
+        return [Violation(clauses, message, "refusal")]
+    return [Violation(clauses, f"{entry}: accepted; expected SpecError: {want}", "refusal")]
+
+
+def _untouched(case: Case, before: Mapping[str, np.ndarray]) -> list[Violation]:
+    changed = [n for n, x in before.items() if case.tensors[n].tobytes() != x.tobytes()]
+    return [Violation(("ERR-13",), f"a refused call changed its input {n}", "mutation", n) for n in changed]
+
+
+# ---------------------------------------------------------------------------------------------- describe()
+
+
+def _draw_describe(plan: Plan) -> Iterator[Recipe]:
+    yield Recipe("rattention", extra=("describe",))
+    for op in supported(plan):
+        yield Recipe(op, extra=("unsupported",))
+
+
+def _make_describe(plan: Plan, recipe: Recipe) -> Case:
+    if recipe.extra[:1] == ("describe",):
+        return Case(recipe.op, {}, {}, "describe()", params={"what": "describe"}, clauses=("BCK-1",))
+    case = build(recipe.with_(options=OPTIONS.get(recipe.base_op, ())[:0]))
+    case.params = {"what": "unsupported"}
+    case.clauses = ("BCK-3",)
+    return case
+
+
+TYPES: dict[str, Any] = {
+    "name": str,
+    "version": str,
+    "spec_version": str,
+    "operations": (list, tuple),
+    "dtypes": (list, tuple),
+    "capabilities": (list, tuple),
+    "tile_sizes": Mapping,
+    "limits": Mapping,
+}
+
+
+@register("description", "describe() is whole, and what it leaves out is refused", ("BCK-1", "BCK-3"), _draw_describe,
+          _make_describe, shrinks=False)  # fmt: skip
+def check_describe(ctx: Context, case: Case) -> list[Violation]:
+    """Keys, types and known names; Unsupported, with a reason, for an operation that is not declared."""
+    if case.params["what"] == "describe":
+        return _description(ctx)
+    if case.op in (ctx.describe.get("operations") or ()):
+        ctx.run(case.op, case.tensors, case.attrs)
+        return []
+    try:
+        ctx.backend.run(case.op, case.tensors, case.attrs)
+    except Unsupported as refusal:
+        if str(getattr(refusal, "reason", refusal)).strip():
+            return []
+        return [Violation(("BCK-3",), f"{case.op}: Unsupported without a reason", "refusal")]
+    except Exception as error:
+        message = f"{case.op} is not declared: expected Unsupported, got {type(error).__name__}: {error}"
+        return [Violation(("BCK-3",), message, "refusal")]
+    return [Violation(("BCK-3", "BCK-1"), f"{case.op} is not declared, yet it ran", "refusal")]
+
+
+def _description(ctx: Context) -> list[Violation]:
+    about, spec, found = ctx.describe, load(), []
+
+    def wrong(text: str) -> None:
+        found.append(Violation(("BCK-1",), f"describe(): {text}", "structure"))
+
+    for key, kind in TYPES.items():
+        if key not in about:
+            wrong(f"key {key!r} is missing")
+        elif not isinstance(about[key], kind):
+            wrong(f"{key} is {type(about[key]).__name__}")
+    if str(about.get("spec_version")) != spec.version:
+        wrong(f"spec_version {about.get('spec_version')!r}, this suite checks {spec.version!r}")
+    known = {"operations": set(spec.operations), "dtypes": set(spec.storage_dtypes)}
+    for key, names in known.items():
+        values = about.get(key) if isinstance(about.get(key), list | tuple) else ()
+        for name in values or ():
+            if name not in names:
+                wrong(f"{key} holds {name!r}, which the specification does not know")
+        if key in about and not values:
+            wrong(f"{key} is empty")
+    tiles = about.get("tile_sizes")
+    for key in ("T", "window", "D"):
+        sizes = tiles.get(key) if isinstance(tiles, Mapping) else None
+        if not isinstance(sizes, list | tuple) or not all(isinstance(s, int) and s > 0 for s in sizes):
+            wrong(f"tile_sizes[{key!r}] must be a list of positive ints, not {sizes!r}")
+    again = ctx.backend.describe()
+    if again != about:
+        wrong("a second call gives another answer")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- empty sizes
+
+
+def _draw_empty(plan: Plan) -> Iterator[Recipe]:
+    for n, op in enumerate(supported(plan)):
+        for i, (B, T) in enumerate(((2, 0), (0, 3), (0, 0))):
+            dtype = plan.dtypes[(n + i) % len(plan.dtypes)]
+            if plan.profile == "smoke" and i:
+                continue
+            for k, options in enumerate(_option_sets(op)):
+                if k and plan.cost != "direct":
+                    continue
+                window = (2, None, -1, 0)[(n + i + k) % 4]
+                yield Recipe(op, dtype, B=B, T=T, Hkv=2, G=2, window=window, options=options, seed=i, layout="one")
+
+
+def _option_sets(op: str) -> list[tuple[str, ...]]:
+    base = op.removesuffix(".vjp")
+    options = tuple(o for o in OPTIONS.get(base, ()) if o != "scale")
+    if op.endswith(".vjp"):
+        options += ("d_final_state", "d_cache_state") if options else ()
+    return [(), options] if options else [()]
+
+
+def _make_empty(plan: Plan, recipe: Recipe) -> Case:
+    case = build(recipe)
+    case.clauses = ("ERR-12",)
+    return case
+
+
+@register("empty sizes", "T = 0 and B = 0 work", ("ERR-12",), _draw_empty, _make_empty)
+def check_empty(ctx: Context, case: Case) -> list[Violation]:
+    """Shapes, dtypes, and the states that pass through unchanged."""
+    ctx_violations = len(ctx.violations)
+    try:
+        got = ctx.run(case.op, case.tensors, case.attrs)
+    finally:
+        for v in ctx.violations[ctx_violations:]:
+            v.clauses = ("ERR-12", *v.clauses)
+    return ctx.judge(case, got, ctx.bounds(case.op, case.tensors, case.attrs), ("ERR-12",), record=False)
+
+
+# ---------------------------------------------------------------------------------------------- odd but legal
+
+ODD = ("numpy attributes", "defaults left out", "spare rows", "wide window", "late row", "garbage positions", "None")
+
+
+def _draw_odd(plan: Plan) -> Iterator[Recipe]:
+    kinds = ODD if plan.profile != "smoke" else ODD[:2]
+    for n, op in enumerate(
+        ("sliding_window_attention", "residual_linear_attention", "rattention", "rattention_extend")
+    ):
+        for k, kind in enumerate(kinds):
+            for o in (op, f"{op}.vjp") if plan.cost == "direct" else (op,):
+                if plan.has(o):
+                    dtype = plan.dtypes[(n + k + plan.seed) % len(plan.dtypes)]
+                    seed = int(plan.rng("odd", o, kind).integers(0, 2**31))
+                    options = tuple(x for x in OPTIONS[op] if x != "scale")
+                    yield Recipe(o, dtype, B=2, T=5, Hkv=1, G=2, window=2, options=options, seed=seed, extra=(kind,))
+
+
+def _make_odd(plan: Plan, recipe: Recipe) -> Case | None:
+    kind = recipe.extra[0] if recipe.extra else ""
+    if recipe.has("rope") and recipe.D % 2:
+        return None
+    if kind == "late row" and recipe.base_op != "rattention_extend":
+        return None
+    if kind == "late row":
+        recipe = recipe.without("rope")
+    if kind == "wide window":
+        if recipe.base_op == "rattention_extend":
+            return None
+        recipe = recipe.with_(window=10**6)
+    case = build(recipe)
+    t = case.tensors
+    if kind == "numpy attributes":
+        window = case.attrs["window"]
+        case.attrs["window"] = np.int64(window) if window is not None else None
+        for name in ("eps", "scale"):
+            if case.attrs.get(name) is not None:
+                case.attrs[name] = np.float64(case.attrs[name])
+    elif kind == "defaults left out":
+        case.attrs = {"window": case.attrs["window"]}
+    elif kind == "spare rows" and "rope_cos" in t:
+        for name in ("rope_cos", "rope_sin"):
+            spare = np.full((5, t[name].shape[1]), 3e4, t[name].dtype)
+            t[name] = np.concatenate([t[name], spare])
+    elif kind == "late row":
+        t["cache_length"] = np.array([2**31 - 1 - recipe.T] * recipe.B, np.int32)
+    elif kind == "garbage positions" and "positions" in t and "segment_ids" in t:
+        padding = t["segment_ids"] == 0
+        t["positions"] = np.where(padding, np.int32(2**31 - 1), t["positions"]).astype(np.int32)
+    case.params = {"kind": kind}
+    case.clauses = exercised(case.op, t, case.attrs)
+    return case
+
+
+@register("odd calls", "unusual calls that are legal", tuple(load().clauses)[:40], _draw_odd, _make_odd)
+def check_odd(ctx: Context, case: Case) -> list[Violation]:
+    """NumPy scalars as attributes, absent defaults, windows and positions far out, None for an absent tensor."""
+    tensors: dict[str, Any] = dict(case.tensors)
+    bounds = ctx.bounds(case.op, tensors, case.attrs)
+    if case.params["kind"] == "None":
+        given = dict(tensors)
+        for t in load().operations[case.op].tensors:
+            if t.optional and t.name not in tensors:
+                given[t.name] = None
+        got = ctx.run_raw(case.op, given, case.attrs)
+    else:
+        got = ctx.run(case.op, tensors, case.attrs)
+    return ctx.judge(case, got, bounds, ("NUM-1",), record=False)
