@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,13 +30,13 @@ def worst_share(mesh_shape: tuple[int, ...], window: int, tensors: dict[str, np.
     """Largest error of outputs and gradients, as a share of the reference's budget."""
     mesh = Mesh(np.array(jax.devices()[: np.prod(mesh_shape)]).reshape(mesh_shape), AXES)
     spec = PartitionSpec(*AXES)
-    fixed = {name: tensors[name] for name in ("rope_cos", "rope_sin")}
+    fixed: dict[str, Any] = {name: tensors[name] for name in ("rope_cos", "rope_sin")}
     moving = {n: x for n, x in tensors.items() if n not in fixed and n not in COTANGENTS}
     moving |= {n: jax.device_put(moving[n], NamedSharding(mesh, spec)) for n in "qkv"}
 
     @jax.jit
     def run(moving: dict, cotangents: tuple) -> tuple:
-        def call(moving: dict) -> tuple:
+        def call(moving: dict[str, Any]) -> tuple:
             return sharded.rattention(**moving, **fixed, mesh=mesh, spec=spec, window=window, return_final_state=True)
 
         outputs, pull = jax.vjp(call, moving)

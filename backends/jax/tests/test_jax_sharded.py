@@ -1,4 +1,4 @@
-"""Sharding over batch, sequence and heads: equal to the reference, compiled for a real topology, refused where wrong."""
+"""Sharding over batch, sequence and heads: equal to the reference, compiled for a topology, refused where wrong."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from rattention.jax import Unsupported, sharded
 
 HERE = Path(__file__).parent
+TABLE = {name: np.ones((8, 1), np.float32) for name in ("rope_cos", "rope_sin")}
 
 
 def run(script: str, **env: str) -> str:
@@ -61,9 +62,9 @@ def tensors() -> dict[str, np.ndarray]:
         (PartitionSpec("z"), {}, "no axis 'z'"),
         (PartitionSpec(None, "x"), {"window": None}, "window None"),
         (PartitionSpec(None, "x"), {"segment_ids": np.ones((2, 8), np.int32)}, "segment_ids"),
-        (PartitionSpec(None, "x"), {"positions": np.zeros((2, 8), np.int32)} | {n: np.ones((8, 1), np.float32) for n in ("rope_cos", "rope_sin")}, "positions"),
+        (PartitionSpec(None, "x"), {"positions": np.zeros((2, 8), np.int32), **TABLE}, "positions"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_split_is_refused(tensors, spec, change, match) -> None:
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("x", "y"))
     with pytest.raises(Unsupported, match=match):

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from rattention.jax import dispatch
 from rattention.jax.xla.parts import phi, wide
 from rattention.jax.xla.plan import as_precision
@@ -45,7 +45,7 @@ def rattention(
     memory: Any = None,
     initial_state: Any = None,
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     spec: PartitionSpec,
     window: int | None,
     scale: float | None = None,
@@ -114,13 +114,13 @@ def rattention(
     return (out, state) if return_final_state else out
 
 
-def _axes(call: Call, mesh: Mesh, spec: PartitionSpec) -> tuple[Any, Any, Any]:
+def _axes(call: Call, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> tuple[Any, Any, Any]:
     """Mesh axes of batch, sequence and heads.
 
     Raises:
         Unsupported: as `rattention`.
     """
-    entries = (*spec, *(None,) * (4 - len(spec)))
+    entries: list[Any] = [*spec, None, None, None, None][: max(len(spec), 4)]
     if len(entries) > 4 or entries[3] is not None:
         raise Unsupported(f"spec {spec}: only batch, sequence and heads of [B, T, H, D] can be split")
     batch, sequence, heads, _ = entries
