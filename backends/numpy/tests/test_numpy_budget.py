@@ -19,7 +19,7 @@ DTYPES = ["float32", "bfloat16", "float16"]
 HONEST = {
     "blocked": {},
     "term by term": {"sequential": True},
-    "state first": {"folded": True},
+    "state first": {"folded": True, "saved": True},
     "other scale": {"folded": True, "stretch": 0.66},
 }
 

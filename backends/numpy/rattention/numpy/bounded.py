@@ -287,6 +287,13 @@ class Space:
             own = clean * (EXP * 2 * self.u + self.accumulation(n))
         return Bounded(self, p, np.square(error) + np.square(own))
 
+    def recomputed(self, p: Bounded, s: Bounded, mask: np.ndarray) -> Bounded:
+        """A backward pass has p = exp(s - lse) with lse rounded to float32: its weights do not quite sum to 1."""
+        score = np.where(mask, np.abs(_finite(s.value)), 0.0)
+        exponent = self.u * UNIFORM * (score + score.max(-1, keepdims=True, initial=0.0))
+        relative = np.expm1(np.minimum(LAMBDA * exponent, 4.0)) / LAMBDA
+        return Bounded(self, p.value, p.var + np.square(relative * _finite(p.value)))
+
     # -------------------------------------------------------------------------------------------- norm
 
     def rms_norm(self, x: Bounded, eps: float) -> tuple[Bounded, Bounded]:

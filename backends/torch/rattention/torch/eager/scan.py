@@ -91,7 +91,7 @@ class _Chunks:
         self.G = q.shape[2] // self.Hkv
         self.lead = self.T - self.J
         self.groups = groups
-        full = scan_chunk(self.G, F)
+        full = scan_chunk(self.G)
         self.count = -(-self.J // full)
         self.chunk = min(full, max(self.T, 1))
         self.heads = heads_at_once(self.B * self.Hkv, self.chunk * self.G * max(self.chunk, F))
@@ -174,7 +174,7 @@ def fill_scan(
         final = state.clone(memory_format=torch.contiguous_format)
     with full_precision(q.device, reduced):
         for at in walk.blocks():
-            S = final[at.b, at.h].flatten(0, 1)
+            S = final[at.b, at.h].flatten(0, 1).clone()
             for t in walk.early() if state is not None else ():
                 f = walk.readers(phi(rows(q, at, t, walk.G), feature_map), at, t, 0)
                 put_rows(out, torch.bmm(f, S), at, t, walk.G)
@@ -194,7 +194,7 @@ def new_states(q: Tensor, v: Tensor, J: int, feature_map: str) -> Tensor:
     """Room for the state before each chunk of J keys, `[B, Hkv, chunks, F, Dv]`."""
     B, _, Hq, D = q.shape
     Hkv, F = v.shape[1], features(D, feature_map)
-    chunk = scan_chunk(Hq // Hkv, F)
+    chunk = scan_chunk(Hq // Hkv)
     return q.new_empty(B, Hkv, (J + chunk - 1) // chunk, F, v.shape[3])
 
 
@@ -251,7 +251,7 @@ def fill_scan_backward(
         d_q[:, : walk.lead] = 0
     with full_precision(q.device, reduced):
         for at in walk.blocks():
-            dS = d_state[at.b, at.h].flatten(0, 1)
+            dS = d_state[at.b, at.h].flatten(0, 1).clone()
             for c, j, t in reversed(walk.chunks()):
                 a, b, y, d_o = rows(q, at, t, G), flat(k, at, j), flat(v, at, j), rows(d_out, at, t, G)
                 f, x, S = phi(a, feature_map), phi(b, feature_map), flat(states, at, c)
