@@ -84,6 +84,7 @@ class Session:
         if case is None or not self.selected(case):
             return result
         clauses = (*case.clauses, *getattr(self.ctx.backend, "clauses", ()))
+        clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
         result.op, result.dtype, result.clauses = case.op, storage_of(case), clauses
         if case.op not in load().operations:
             result.dtype = "any"

@@ -148,7 +148,8 @@ def final_state_vjp(
     """d_fk, d_v, d_state of `final_state`."""
     chosen = folded[:, None, None, :, None]
     # Backwards the recurrence starts from the cotangent of the state, and adds what each query reads.
-    d = xp.carried(d_final[:, :, None], folded.shape[-1])
+    d_final = xp.carried(d_final, folded.shape[-1])
+    d = d_final[:, :, None]
     d_fk = xp.where(chosen, xp.matmul(xp.where(chosen, v), transpose(d)))
     d_v = xp.where(chosen, xp.matmul(xp.where(chosen, fk), d))
     return d_fk, d_v, xp.where(keeps[:, None, None, None], d_final)

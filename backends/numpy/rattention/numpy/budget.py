@@ -53,8 +53,8 @@ def evaluate(op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> d
     if op == "rope_table":
         return _tables(call, given)
     space = Space(call.storage)
-    half = call.storage in ("float16", "bfloat16")
-    machines = [emulated.Space(call.storage, stretch=s) for s in STRETCHES] if half else []
+    stretches = STRETCHES if call.storage in ("float16", "bfloat16") else STRETCHES[:1]
+    machines = [emulated.Space(call.storage, stretch=s) for s in stretches] if call.storage != "float64" else []
     sums: dict[str, _Sum] = {}
     for piece, at in _pieces(call, given):
         part = quadratic.check(op, piece, attrs)

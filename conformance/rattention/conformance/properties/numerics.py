@@ -19,9 +19,9 @@ from rattention.conformance.strategies.pools import recipes, supported
 
 def _draw_twice(plan: Plan) -> Iterator[Recipe]:
     for op in supported(plan):
-        yield from recipes(plan, op, "small", plan.count(1, 4, compiled=0.5), "twice")
+        yield from recipes(plan, op, "small", plan.count(1, 4, compiled=0.5), "twice", lambda r: True)
         if op.removesuffix(".vjp") in OPS:
-            yield from recipes(plan, op, "tile", plan.count(1, 2, compiled=0.5), "twice")
+            yield from recipes(plan, op, "tile", plan.count(1, 2, compiled=0.5), "twice", lambda r: True)
 
 
 @register("reruns", "the same call gives the same bits", ("NUM-4",), _draw_twice)
@@ -39,7 +39,7 @@ def check_twice(ctx: Context, case: Case) -> list[Violation]:
 
 def _draw_strides(plan: Plan) -> Iterator[Recipe]:
     for op in supported(plan):
-        yield from recipes(plan, op, "small", plan.count(1, 6, compiled=0.34), "strides")
+        yield from recipes(plan, op, "small", plan.count(1, 6, compiled=0.5), "strides", lambda r: True)
 
 
 LAYOUTS = ("swapped", "reversed", "sliced", "read-only", "fortran", "offset", "broadcast")
@@ -107,7 +107,8 @@ def _draw_nan(plan: Plan) -> Iterator[Recipe]:
     ops = [op for base in (*OPS, "feature_map", "rms_mix") for op in (base, f"{base}.vjp")]
     for op in ops:
         if plan.has(op):
-            for i, recipe in enumerate(recipes(plan, op, "small", plan.count(2, 8, compiled=0.17), "nan")):
+            number = plan.count(2, 8, compiled=0.5)
+            for i, recipe in enumerate(recipes(plan, op, "small", number, "nan", lambda r: True)):
                 yield recipe.without("poison").with_(extra=(i,))
 
 
@@ -226,14 +227,16 @@ def _concerned(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- extremes
 
 
+def _calm(r: Recipe) -> bool:
+    return r.feature_map == "softmax"
+
+
 def _draw_extreme(plan: Plan) -> Iterator[Recipe]:
     for op in ("feature_map", *(o for base in OPS for o in (base, f"{base}.vjp"))):
         if plan.has(op):
-            number = plan.count(2, 6, compiled=0.17)
-            for i, recipe in enumerate(recipes(plan, op, "small", number, "extreme", feature_map="softmax")):
-                yield recipe.without("q_scale", "k_scale").with_(
-                    extra=(i,), scale=1.0 if recipe.scale is not None else None
-                )
+            number = plan.count(2, 6, compiled=0.34)
+            for i, recipe in enumerate(recipes(plan, op, "small", number, "extreme", _calm, feature_map="softmax")):
+                yield recipe.with_(extra=(i,))
 
 
 def _make_extreme(plan: Plan, recipe: Recipe) -> Case | None:
@@ -242,6 +245,11 @@ def _make_extreme(plan: Plan, recipe: Recipe) -> Case | None:
     case = build(recipe.without("poison"), plan.token_tiles())
     rng = recipe.rng("extreme")
     top = {"float16": 6e4, "bfloat16": 1e15, "float32": 1e15}[recipe.dtype]
+    for name in ("q_scale", "k_scale"):
+        if name in case.tensors:
+            case.tensors[name] = np.ones_like(case.tensors[name])
+    if case.attrs.get("scale") is not None:
+        case.attrs["scale"] = 1.0
     for name in ("q", "k", "cache_k", "x"):
         if name in case.tensors:
             x = case.tensors[name]
@@ -279,17 +287,22 @@ def check_extreme(ctx: Context, case: Case) -> list[Violation]:
 # ---------------------------------------------------------------------------------------------- rows of zeros
 
 
+def _bare(r: Recipe) -> bool:
+    return not (r.has("initial_state") or r.has("memory"))
+
+
 def _draw_zero(plan: Plan) -> Iterator[Recipe]:
     for op in ("rms_mix", "rms_mix.vjp", *(o for base in OPS for o in (base, f"{base}.vjp"))):
         if plan.has(op):
             number = plan.count(1, 5, compiled=0.2)
-            for i, recipe in enumerate(recipes(plan, op, "small", number, "zero")):
+            for i, recipe in enumerate(recipes(plan, op, "small", number, "zero", _bare)):
                 window = (-1, None, 0, 2, 1)[i % 5]
-                yield recipe.without("initial_state", "memory").with_(window=window)
+                own = recipe.without("initial_state", "memory").with_(window=window)
+                yield own if plan.cost == "direct" else recipe
 
 
 def _make_zero(plan: Plan, recipe: Recipe) -> Case | None:
-    if recipe.has("initial_state") or recipe.has("memory"):
+    if not _bare(recipe):
         return None
     case = build(recipe, plan.token_tiles())
     t = case.tensors

@@ -44,7 +44,7 @@ def _row(kind: str, T: int, rng: np.random.Generator, tiles: tuple[int, ...]) ->
         count = int(rng.integers(2, max(3, min(6, live)) + 1))
         cuts = np.unique(rng.integers(1, live, count)) + begin
     # Ids need not grow: 7 then 3 is legal, and the same id may stand in every row.
-    ids = rng.permutation(np.arange(1, len(cuts) + 2)) * int(rng.choice([1, 1, 1000]))
+    ids = rng.permutation(np.arange(1, len(cuts) + 2)) * int(rng.choice([1, 1, 256, 65536]))
     edges = [begin, *cuts.tolist(), end]
     for i, (a, z) in enumerate(itertools.pairwise(edges)):
         row[a:z] = ids[i]

@@ -69,7 +69,7 @@ class Recipe:
     def signature(self) -> tuple[Any, ...]:
         """What a compiled program depends on; recipes that share it share the program."""
         values = dataclasses.asdict(self)
-        for name in ("family", "layout", "fill", "seed"):
+        for name in ("family", "layout", "fill", "seed", "extra"):
             del values[name]
         values["options"] = tuple(o for o in self.options if o not in ("poison", "defaults"))
         return tuple(values.items())
