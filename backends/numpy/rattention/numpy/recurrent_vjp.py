@@ -42,7 +42,7 @@ def attention_vjp(call: Call, t: dict[str, Array]) -> dict[str, Array]:
             d_y[:, i] = rms_back(y[:, i], t["swa_weight"].reshape(N, G, Dv) * d_out[:, i], attrs["eps"])
             d_z[:, i] = rms_back(z[:, i], t["rla_weight"].reshape(N, G, Dv) * d_out[:, i], attrs["eps"])
         if p is not None and k is not None and v is not None and alive is not None:
-            span, chosen = m.span(i), alive[..., None, None]
+            span = m.span(i)
             d_p = np.matmul(d_y[:, i], v.transpose(0, 2, 3, 1))
             d_s = p * (d_p - np.sum(p * d_p, -1, keepdims=True))
             d_s = s.scale * np.where(alive[:, None, None], d_s, 0.0)
@@ -50,8 +50,10 @@ def attention_vjp(call: Call, t: dict[str, Array]) -> dict[str, Array]:
             # matmul over the G query heads of the group sums what they send to their kv head.
             to_v = np.matmul(p.swapaxes(-1, -2), d_y[:, i]).transpose(0, 2, 1, 3)
             to_k = np.matmul(d_s.swapaxes(-1, -2), s.q_rot[:, i]).transpose(0, 2, 1, 3)
-            d_v[:, span] += np.where(chosen, to_v, 0.0)
-            d_k[:, span] += np.where(chosen, to_k, 0.0)
+            if not alive.all():  # 0 * NaN
+                to_v, to_k = (np.where(alive[..., None, None], x, 0.0) for x in (to_v, to_k))
+            d_v[:, span] += to_v
+            d_k[:, span] += to_k
         if d_fq is not None:
             d_fq[:, i] = np.matmul(d_z[:, i], m.state.swapaxes(-1, -2))
             if memory is not None:
