@@ -170,7 +170,7 @@ class Session:
         case.clauses = tuple(dict.fromkeys(label for v in violations for label in v.clauses)) or case.clauses
         try:
             bounds = self.ctx.bounds(case.op, case.tensors, case.attrs)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, IndexError):
             return
         case.expected = {name: value for name, (value, _) in bounds.items()}
         case.budget = {name: limit for name, (_, limit) in bounds.items()}

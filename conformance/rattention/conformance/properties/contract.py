@@ -24,7 +24,7 @@ ERRORS = tuple(label for label in load().clauses if label.startswith("ERR") and 
 def _draw_bad(plan: Plan) -> Iterator[Recipe]:
     for n, op in enumerate(supported(plan)):
         for i, dtype in enumerate(plan.dtypes if plan.profile != "smoke" else plan.dtypes[:1]):
-            if dtype == "float32" or i == 1 + (n + plan.seed) % 2 or plan.profile == "full":
+            if dtype == "float32" or i == 1 + (n + plan.seed) % 2 or plan.cost == "direct":
                 seed = int(plan.rng("bad", op, dtype).integers(0, 2**31))
                 for entry, target in bad_names(op):
                     yield Recipe(op, dtype, seed=seed, extra=(entry, target))

@@ -143,7 +143,7 @@ def channels(plan: Plan, size: str, *, even: bool) -> list[int]:
         "small": [1, 2, 3, 4, 4, 5, 6, 8],
         "medium": [2, 4, 7, 8, 12, 16],
         "tile": [4, 6, 8, 16],
-        "wide": [24, 33, 40, 64, 80, 96, 128, *declared],
+        "wide": [24, 33, 40, 64, 80, 96, 128, 160, *declared],
         "long": [4, 6],
     }[size]
     return [d for d in levels if d % 2 == 0] if even else levels
@@ -250,12 +250,14 @@ def _free_signature(
         options += [o for o in COTANGENTS.get(base, ()) if bag.pick(f"option {o}", [True, True, False])]
     if "rope" not in options and "positions" in options:
         options.append("rope")
+    if (extend or "positions" in options) and bag.pick("far", [True, False, False]):
+        options.append("far")
     if "options" in fixed:
         options = list(fixed["options"])
     T = fixed.get("T", bag.pick("T", _extend_tokens(plan, size) if extend else tokens(plan, size)))
     even = "rope" in options or base == "rope_table"
     D = bag.pick(f"D even={even}", channels(plan, size, even=even))
-    heads = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (1, 8), (2, 3)]
+    heads = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (1, 8), (2, 3), (1, 4), (2, 4), (1, 5), (4, 1), (1, 6)]
     if size in ("long", "tile", "wide"):
         heads = [(1, 1), (1, 2), (2, 1), (1, 3), *([(2, 2), (1, 8)] if size == "wide" else [])]
     if size == "long":
@@ -276,20 +278,22 @@ def _free_signature(
         Hkv=Hkv,
         G=G,
         D=D,
-        Dv=bag.pick("Dv", [D, 3, 5, 8, 2, 4] if size != "wide" else [D, 16, 65, 96]),
+        Dv=bag.pick("Dv", [D, 3, 5, 8, 2, 4, 1] if size != "wide" else [D, 16, 65, 96]),
         window=window if window is None else max(window, -1),
         feature_map=bag.pick("feature_map", ["softmax", "relu", "identity"]),
         scale=float(bag.pick("scale", [0.25, 1.0, -0.75, 0.0, 2.0, 0.5])) if "scale" in options else None,
         eps=bag.pick("eps", [1e-6, 1e-6, 1e-2, 1e-5]),
         options=tuple(o for o in options if o != "scale"),
-        slots=bag.pick("slots", [0, 1, 4, 7]) if window is None else 0,
-        weights=bag.pick("weights", ["float32", "storage"]),
+        slots=0 if window is not None else 600 if size == "long" else bag.pick("slots", [0, 1, 4, 7]),
+        weights=bag.pick("weights", ["float32", "storage", "mixed"]),
     )
     return recipe.with_(**{k: v for k, v in fixed.items() if k != "T"})
 
 
 def _values(plan: Plan, recipe: Recipe, rng: np.random.Generator, bag: Bag, fixed: dict[str, Any]) -> Recipe:
     flags = [o for o in ("poison", "defaults") if bag.pick(o, [True, False])]
+    if plan.cost == "direct" and bag.pick("rows", [True, False]):
+        flags.append("rows")
     drawn = {
         "family": bag.pick("family", [*FAMILIES, "normal"]),
         "layout": bag.pick("layout", ["mixed", "mixed", "pair", "tile", "many", "left", "middle", "empty"]),
@@ -317,7 +321,7 @@ def _extend_windows(plan: Plan, size: str, rng: np.random.Generator) -> list[int
         "medium": [-1, 0, 1, w, 11, 16, 17, 40, None],
         "tile": [*beside(plan.tiles.get("window") or (16, 32, 64), 1, 70), None],
         "wide": [-1, 0, 2, w, None],
-        "long": [3, 511, 1029, 1030] if plan.cost != "interpreted" else [3, 130],
+        "long": [3, 511, 1029, 1030, None] if plan.cost != "interpreted" else [3, 130],
     }[size]
 
 
