@@ -261,3 +261,9 @@ def test_inline_mathematics_survives_markdown(path: Path):
         assert line.count("$") % 2 == 0, f"inline mathematics is broken across lines: {line}"
         for formula in re.findall(r"\$([^$]+)\$", line):
             assert not re.search(r"\\[^a-zA-Z]", formula), formula
+
+
+def test_mathematics_uses_no_macro_that_code_hosts_refuse():
+    for path in [*CHAPTERS, *(ROOT / "docs").glob("*.md")]:
+        for macro in (r"\operatorname", r"\newcommand", r"\def", r"\require", r"\href"):
+            assert not re.search(re.escape(macro) + r"\b", path.read_text(encoding="utf-8")), f"{path.name}: {macro}"

@@ -1,7 +1,8 @@
 """The error budget: how far an honest implementation may be from the reference, element by element (NUM-1).
 
-The quadratic form is evaluated over arrays that carry an error (`bounded.py`); the budget of an output element is
-LAMBDA of its deviations plus the one rounding to the output's dtype.
+The quadratic form is evaluated over arrays that carry an error (`bounded.py`), and over emulated machines that round as
+the spec allows (`emulated.py`). The budget of an output element is LAMBDA deviations of the first, SAMPLES times the
+error of the second, and the one rounding to the output's dtype. Chapter 10 of the spec derives it.
 """
 
 from __future__ import annotations
