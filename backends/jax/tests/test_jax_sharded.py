@@ -40,7 +40,7 @@ def test_sharded_equals_the_reference_and_a_missing_part_is_seen() -> None:
 def test_the_tpu_program_moves_only_halo_and_states() -> None:
     """Compiled for a 4x4 slice of v5e, forward and backward: halo and state travel by collective-permute, gradients of
     shared weights by all-reduce; nothing gathers a sequence."""
-    listed = json.loads(run("sharded_topology.py", TPU_SKIP_MDS_QUERY="1").splitlines()[-1])
+    listed = json.loads(run("sharded_topology.py", TPU_SKIP_MDS_QUERY="1", XLA_FLAGS="").splitlines()[-1])
     assert set(listed["forward"]) == {"collective-permute", "all-reduce"}
     assert set(listed["backward"]) <= {"collective-permute", "all-reduce"}
     # Two halos (k, v) and 1 + log2(4) hops of the state, over a sequence axis of 4; at most each is split in two.
