@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -147,5 +148,12 @@ def float16_gradient(op: str, t: Tensors, a: Attrs) -> Any:
     return out
 
 
+def crashing(op: str, t: Tensors, a: Attrs) -> Any:
+    if op == "feature_map" and a.get("feature_map") == "relu":
+        os._exit(3)
+    return honest.run(op, t, a)
+
+
+crash = Port(crashing)
 zero = Port(always_zero)
 honest_by_name = honest

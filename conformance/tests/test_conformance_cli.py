@@ -40,6 +40,13 @@ def test_a_broken_backend_exits_1_and_its_replay_too(tmp_path):
     _check_files(report)
 
 
+def test_a_backend_that_takes_the_process_down_is_reported(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output = call("conform", f"{PORTS}:crash", "--profile", "smoke", "--select", "FM-2", "--seed", "3")
+    assert code == 1
+    assert "took its process down: the process died with exit code 3" in " ".join(output.split())
+
+
 def _check_files(report: Path) -> None:
     data = json.loads((report / "report.json").read_text())
     assert {"backend", "conforming", "clauses", "cases", "budget"} <= set(data)

@@ -149,15 +149,14 @@ def _from_file(path: Path) -> Any:
         raise CannotRun(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    # Files beside the port may be imported by it, as when Python runs a script.
-    sys.path.insert(0, str(path.parent))
+    # Files beside the port may be imported by it, as when Python runs a script; also later, when it runs.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(str(path.parent))
     return module
 
 

@@ -73,7 +73,9 @@ class Context:
             self._break(("BCK-5", error.clause), f"a valid call was refused: {error}", "refusal")
         except PortFailure as failure:
             self._break((failure.clause, "BCK-3"), str(failure), "crash")
-        except Exception as error:  # a backend may fail in any way it likes
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a backend may fail in any way it likes, SystemExit included
             where = traceback.extract_tb(error.__traceback__)[-1]
             self._break(
                 ("BCK-3",),

@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rattention.conformance import backends
+from rattention.conformance import backends, vectors
 from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Oracle
-from rattention.conformance.properties import REGISTRY
+from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.session import Failure, Session, Unit, UnitResult
 from rattention.conformance.strategies import Plan, make_plan
 
@@ -103,6 +103,7 @@ def conform(
             outcome.results = pool.run(units, progress)
             chosen = worth_shrinking(outcome.results)
             outcome.failures = pool.minimise([units[i] for i in chosen])
+        _keep_raw(plan, units, outcome, chosen)
     if not local:
         close(backend)
     outcome.failures.sort(key=lambda f: f.index)
@@ -122,10 +123,29 @@ def _in_process(
             progress(done + 1, len(units), failed)
         if failed and settings.stop_at_first:
             break
-    for index in worth_shrinking(outcome.results):
+    chosen = worth_shrinking(outcome.results)
+    for index in chosen:
         failure = session.minimise(units[index])
         if failure:
             outcome.failures.append(failure)
+    _keep_raw(session.plan, units, outcome, chosen)
+
+
+def _keep_raw(plan: Plan, units: list[Unit], outcome: Outcome, chosen: list[int]) -> None:
+    """Failures that did not come back, or took the process down, keep the case that they were found with."""
+    small = {f.index for f in outcome.failures}
+    by_index = {r.index: r for r in outcome.results}
+    for index in chosen:
+        if index in small:
+            continue
+        unit, result = units[index], by_index[index]
+        case = make_case(REGISTRY[unit.property_name], plan, unit.recipe)
+        if case is not None:
+            about = unit.recipe.describe()
+            data = vectors.case_bytes(case)
+            outcome.failures.append(
+                Failure(index, unit.property_name, result.op, result.dtype, about, result.violations, data, case.note)
+            )
 
 
 def worth_shrinking(results: list[UnitResult]) -> list[int]:

@@ -18,6 +18,8 @@ from rattention.conformance.strategies import Plan
 if TYPE_CHECKING:
     from rattention.conformance.runner import Progress, Settings
 
+LOSSES = 10
+"""Workers lost before the rest of the run is left out: a backend that takes every process down is known by then."""
 START_LIMIT = 300.0
 """Seconds a worker may take to load its backend."""
 
@@ -76,6 +78,7 @@ class Pool:
     def __init__(self, target: str, plan: Plan, settings: Settings):
         self.target, self.plan, self.settings = target, plan, settings
         self.workers = [self._start() for _ in range(settings.workers)]
+        self.losses = 0
 
     def __enter__(self) -> Pool:
         return self
@@ -93,7 +96,7 @@ class Pool:
         return _Worker(self.target, self.plan, self.settings.select)
 
     def run(self, units: Sequence[Unit], progress: Progress | None = None) -> list[UnitResult]:
-        """Results in the order of `units`."""
+        """Results in the order of `units`; those left out after too many lost workers have none."""
         results: dict[int, UnitResult] = {}
         failed = 0
 
@@ -105,7 +108,7 @@ class Pool:
                 progress(len(results), len(units), failed)
 
         self._spread("run", self._chunks(units), take, _lost)
-        return [results[u.index] for u in units]
+        return [results[u.index] for u in units if u.index in results]
 
     def minimise(self, units: Sequence[Unit]) -> list[Failure]:
         """Minimal cases of failing units; a unit that kills the worker while it shrinks is left as it was."""
@@ -167,6 +170,9 @@ class Pool:
                 take(rest[0], answer)
             if rest[1:]:
                 chunks.append(rest[1:])
+        self.losses += 1
+        if self.losses >= LOSSES:
+            chunks.clear()
         self.workers[i] = self._start()
 
 

@@ -94,7 +94,11 @@ def make_plan(profile: str, seed: int, describe: Mapping[str, Any], vectors: tup
     """The plan of a run against a backend that describes itself so; what a broken description lacks is empty."""
     tiles = describe.get("tile_sizes")
     tiles = tiles if isinstance(tiles, Mapping) else {}
-    sizes = {str(k): tuple(int(x) for x in v) for k, v in tiles.items() if isinstance(v, list | tuple)}
+    sizes = {
+        str(k): tuple(x for x in v if isinstance(x, int) and x > 0)
+        for k, v in tiles.items()
+        if isinstance(v, list | tuple)
+    }
     cost = describe.get("cost") or BY_NAME.get(str(describe.get("name")), "direct")
     listed = describe.get("operations")
     names = tuple(op for op in load().operations if op in listed) if isinstance(listed, list | tuple) else ()
@@ -228,6 +232,8 @@ def outside(name: str, value: Any, bound: Any) -> str:
     minimum, maximum, multiple_of and none."""
     if isinstance(bound, list | tuple):
         return "" if value in bound else f"{name}={value} is none of {list(bound)}"
+    if isinstance(value, str):
+        return ""
     if isinstance(bound, Mapping):
         low, high, step = bound.get("minimum"), bound.get("maximum"), bound.get("multiple_of")
         if value is None:

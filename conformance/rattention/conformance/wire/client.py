@@ -26,6 +26,9 @@ RUN_SECONDS = 120.0
 STOP_SECONDS = 5.0
 RESTARTS = 200
 """Restarts after which the port is given up: by then every case fails and nothing is learned."""
+HANGS = 12
+"""Hangs after which it is given up; each halves the time that the next answer may take, down to HURRIED seconds."""
+HURRIED = 5.0
 
 
 class Port:
@@ -43,7 +46,7 @@ class Port:
         self.folder = Path(tempfile.mkdtemp(prefix="rattention-wire-"))
         self.process: Process | None = None
         self.about: dict[str, Any] | None = None
-        self.requests = self.starts = 0
+        self.requests = self.starts = self.hangs = 0
 
     # ------------------------------------------------------------------------------------------ the two calls
 
@@ -75,8 +78,8 @@ class Port:
             if op not in about["operations"]:
                 raise Unsupported(f"operation {op} is not declared")
         if self.process is None:
-            if self.starts > RESTARTS:
-                raise PortFailure(f"the port was restarted {RESTARTS} times and is given up")
+            if self.starts > RESTARTS or self.hangs > HANGS:
+                raise PortFailure(f"given up: the port hung {self.hangs} times and was started {self.starts} times")
             self._start()
         self.requests += 1
         place = self.folder / str(self.requests)
@@ -153,6 +156,8 @@ class Port:
             process.send(json.dumps(request, allow_nan=False))
             line = process.receive(seconds)
         except TimeoutError:
+            self.hangs += 1
+            self.run_seconds = max(self.run_seconds / 2, min(HURRIED, self.run_seconds))
             self._fail(f"the port hangs: no answer within {seconds:.0f} s", "WIRE-3")
         except OSError:
             line = None
