@@ -21,7 +21,7 @@ test: $(STAMP) lint ## lint, type check and every test
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(STAMP) ## CPU ratios, written to benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/cpu.py
