@@ -6,7 +6,7 @@ DOCS_STAMP := .venv/.docs
 ROOTS := spec:backends/numpy:backends/torch:backends/jax:conformance
 JOBS ?= 2
 
-.PHONY: help conform test lint docs bench gpu vectors clean
+.PHONY: help conform test lint docs bench gpu mutants vectors clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,9 @@ bench: $(STAMP) ## CPU ratios, written to benchmarks/results/cpu.json
 
 docs: $(DOCS_STAMP) ## the site, into site/; warnings are errors
 	PYTHONPATH=spec $(BIN)/python docs/build.py site
+
+mutants: $(STAMP) ## the suite against every wrong implementation of its catalogue; writes report/mutants/
+	$(BIN)/rattention mutants --profile quick --report report/mutants
 
 vectors: $(STAMP) ## capture the activations of spec/vectors again
 	$(BIN)/pip install --quiet -e '.[vectors]'
