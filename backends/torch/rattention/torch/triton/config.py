@@ -14,12 +14,14 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: (token, head) pairs of the row tile. keys: tokens of the tile walked over. stages: pipeline depth."""
+    """rows: (token, head) pairs of the row tile. keys: tokens of the tile walked over. stages: pipeline depth.
+    residue: keys of the tiles that the linear branch reads in `attend`."""
 
     rows: int
     keys: int
     warps: int = 4
     stages: int = 2
+    residue: int = 32
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Config:
 
 
 INTERPRETER = Config(
-    attend=Tile(128, 64, 1, 1),
+    attend=Tile(128, 64, 1, 1, 64),
     query_grad=Tile(128, 64, 1, 1),
     key_grad=Tile(128, 64, 1, 1),
     states=Tile(64, 64, 1, 1),

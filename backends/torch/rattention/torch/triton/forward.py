@@ -28,7 +28,7 @@ def forward(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         p.q_scale, p.k_scale, p.memory, states, out, stats,
         *p.q.stride()[:3], *p.k.stride()[:3], *kr.stride()[:3], *p.v.stride()[:3],
         p.B, p.Tq, p.Tk, p.offset, p.w, p.config.chunk, p.chunks, p.Hkv, p.G, p.table_rows, p.scale_log2, p.eps,
-        **p.shape, DVP=p.DVP, HP=HP, C=C, BN=tile.keys, MAP=p.feature_map, SOFT=p.soft, LINEAR=p.linear,
+        **p.shape, DVP=p.DVP, HP=HP, C=C, BN=tile.keys, BL=min(tile.keys, tile.residue), MAP=p.feature_map, SOFT=p.soft, LINEAR=p.linear,
         MIX=p.mode == "mix", HAS_STATES=states is not None, HAS_MEMORY=p.memory is not None, **p.rope,
         HAS_Q_SCALE=p.q_scale is not None, HAS_K_SCALE=p.k_scale is not None, **p.precision,
         warps=tile.warps, stages=tile.stages,

@@ -15,7 +15,7 @@ w + N + BN queries and G heads, q (rotated and not), dx_s, dx_l and two floats; 
 import triton
 import triton.language as tl
 from rattention.torch.triton.attention import behind_window, in_window, key_rows, read_state, scores
-from rattention.torch.triton.features import phi, phi_as, phi_grad, scaled
+from rattention.torch.triton.features import phi_as, phi_grad, scaled
 from rattention.torch.triton.query_grad import column_sums, state_grad
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
@@ -138,7 +138,7 @@ def key_grad(
                 da = tl.where(mask, dot(dl, tl.trans(vw), zero, WIDE, WIDE_PRECISION), 0.0)
                 df = add_weighted(df, tl.trans(operand(da, WIDE)), fq, NF, WIDE, WIDE_PRECISION)
         x = scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND)
-        gk = phi_grad(x, phi(x, MAP, D, DB, ND), df, MAP, ND)
+        gk = phi_grad(x, df, MAP, D, DB, ND)
         if HAS_K_SCALE:
             share = ()
             for j in tl.static_range(ND):

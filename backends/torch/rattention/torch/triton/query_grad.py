@@ -26,7 +26,7 @@ from rattention.torch.triton.attention import (
     scores,
     tile_borders,
 )
-from rattention.torch.triton.features import phi, phi_as, phi_grad, scaled
+from rattention.torch.triton.features import phi_as, phi_grad, scaled
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
     NOWHERE,
@@ -236,7 +236,7 @@ def query_grad(
                 df = add_weighted(df, da, fk, NF, WIDE, WIDE_PRECISION)
         again = load_blocks(q_at, q_rows, live, D, DB, ND)
         xq = scaled(again, q_scale, HAS_Q_SCALE, D, DB, ND)
-        gq = phi_grad(xq, phi(xq, MAP, D, DB, ND), df, MAP, ND)
+        gq = phi_grad(xq, df, MAP, D, DB, ND)
         if HAS_Q_SCALE:
             share = ()
             for j in tl.static_range(ND):
