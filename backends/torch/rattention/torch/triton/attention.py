@@ -13,9 +13,9 @@ state, so K, V and H cross into the core once per tile for the whole group, and 
 tokens instead of R. A border tile loads V once for both branches, K once per branch where keys are rotated.
 
 Tiles have BN keys in the window and BL where the residue is read, whose feature maps need registers beside both
-accumulators. Traffic per tile: R (D + Dv) elements of q and out, (w + C + N/2) (D + Dv) of K and V, F Dv of the state, 3 floats of
-statistics per row (log-sum-exp in base 2, and the reciprocal RMS of both branches), all that the backward pass needs.
-Programs are independent. The order of all sums is fixed by the configuration (NUM-4).
+accumulators. Traffic per tile: R (D + Dv) elements of q and out, (w + C + N/2) (D + Dv) of K and V, F Dv of the state,
+3 floats of statistics per row (log-sum-exp in base 2, and the reciprocal RMS of both branches): all that the backward
+pass needs. Programs are independent. The order of all sums is fixed by the configuration (NUM-4).
 """
 
 import triton

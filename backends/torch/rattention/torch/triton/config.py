@@ -6,7 +6,7 @@ behind the caller's back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -29,7 +29,9 @@ class Config:
     """One configuration. `chunk` is N, the tokens between two saved states: a multiple of every `keys`."""
 
     attend: Tile
+    output_grad: Tile
     query_grad: Tile
+    residue_grad: Tile
     key_grad: Tile
     states: Tile
     decode: Tile = Tile(16, 64, 4, 3)
@@ -40,7 +42,9 @@ class Config:
 
 INTERPRETER = Config(
     attend=Tile(128, 64, 1, 1, 64),
+    output_grad=Tile(128, 64, 1, 1),
     query_grad=Tile(128, 64, 1, 1),
+    residue_grad=Tile(128, 64, 1, 1),
     key_grad=Tile(128, 64, 1, 1),
     states=Tile(64, 64, 1, 1),
     decode=Tile(16, 64, 1, 1),
@@ -68,22 +72,20 @@ def config_for(kind: str, D: int, Dv: int, dtype: torch.dtype) -> Config:
         return INTERPRETER
     width = max(D, Dv)
     size = 64 if width <= 64 else 128 if width <= 128 else 256
-    amd = kind.startswith("gfx")
-    narrow = dtype == torch.bfloat16
-    if narrow:
-        table = {
-            64: Config(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), values=64),
-            128: Config(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2), values=64),
-            256: Config(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), values=32),
-        }
-    else:
-        table = {
-            64: Config(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), values=32),
-            128: Config(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), values=32),
-            256: Config(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), values=16),
-        }
-    chosen = table[size]
-    if amd:
-        names = ("attend", "query_grad", "key_grad", "states")
-        chosen = replace(chosen, **{name: replace(getattr(chosen, name), stages=1) for name in names})
-    return chosen
+    if dtype != torch.bfloat16:
+        return _EXACT[size]
+    return _BFLOAT16.get((kind, size)) or _BFLOAT16["other", size]
+
+
+def _uniform(rows: int, keys: int, warps: int, stages: int, values: int) -> Config:
+    tile = Tile(rows, keys, warps, stages, min(keys, 32))
+    return Config(tile, tile, tile, tile, tile, tile, Tile(16, keys, 4, stages), values)
+
+
+_BFLOAT16: dict[tuple[str, int], Config] = {
+    ("other", 64): _uniform(64, 32, 4, 1, 64),
+    ("other", 128): _uniform(64, 32, 8, 1, 64),
+    ("other", 256): _uniform(32, 32, 8, 1, 32),
+}
+_EXACT = {64: _uniform(32, 32, 4, 1, 32), 128: _uniform(32, 32, 8, 1, 32), 256: _uniform(16, 16, 8, 1, 16)}
+"""float32, and float16, whose unbounded operands are multiplied in TF32."""
