@@ -198,7 +198,6 @@ def attend(
     end = tl.minimum(t0 + C, Tk)
 
     q_at = q + b * sq_b + long(tile * C) * sq_t + long(h * G) * sq_h
-    raw = load_blocks(q_at, token * sq_t + g * sq_h, live, D, DB, ND)
     k_at = k + b * sk_b + long(h) * sk_h
     r_at = kr + b * sr_b + long(h) * sr_h
     v_at = v + b * sv_b + long(h) * sv_h
@@ -210,6 +209,7 @@ def attend(
 
     acc_l = tl.zeros([R, DVP], tl.float32)
     if LINEAR or HAS_STATES or HAS_MEMORY:
+        raw = load_blocks(q_at, token * sq_t + g * sq_h, live, D, DB, ND)
         fq = phi_as(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
         if HAS_MEMORY:
             m_at = memory + long(h * G + hb * HP) * (F * DV)
@@ -239,7 +239,7 @@ def attend(
             position = positions_of(positions, start, b, t, live, Tk, HAS_POSITIONS, HAS_SEGMENTS)
             qr = blocks_as(rotate(x, cos, sin, position, live, M, False, D, DB, ND), ND, NARROW)
         else:
-            qr = raw
+            qr = load_blocks_again(q_at, token * sq_t + g * sq_h, live, D, DB, ND)
         if LINEAR:
             for i in range(tl.maximum(border, oldest), inner, BL):
                 n, real = key_rows(i, start, b, Tk, BL, HAS_SEGMENTS)

@@ -29,6 +29,7 @@ from rattention.torch.triton.tiles import (
     blocks_as,
     dot,
     load_blocks,
+    load_blocks_again,
     load_values,
     long,
     operand,
@@ -121,19 +122,18 @@ def output_grad(
     out_rows = token * Hq + g
     rows_at = (b * Hq + h * G) * Tq + tile * C + long(g) * Tq + token  # of tensors [B, Hq, Tq]
     plane = long(B) * Hq * Tq
-    raw = load_blocks(q_at, q_rows, live, D, DB, ND)
-    d = up(load_values(d_out + b * so_b + long(tile * C) * so_t + long(h * G) * so_h, token * so_t + g * so_h, live,
-                       DV, DVP))  # fmt: skip
+    d_at = d_out + b * so_b + long(tile * C) * so_t + long(h * G) * so_h
+    d_rows = token * so_t + g * so_h
     w_cols = tl.arange(0, DVP)
     w_at = ((h * G + g) * DV)[:, None] + w_cols[None, :]
     w_ok = inside[:, None] & (w_cols < DV)[None, :]
     part_at = ((b * tiles + tile) * Hq + h * G + hb * HP) * DV
 
     # -------------------------------------------------------------- the linear branch again, and its norm
-    dl = d
     if MIX:
         x = tl.zeros([R, DVP], tl.float32)
         if READS:
+            raw = load_blocks(q_at, q_rows, live, D, DB, ND)
             fq = phi_as(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
             if HAS_MEMORY:
                 x = read_state(fq, live, m_at, x, D, DB, ND, NF, DV, DVP, WIDE, WIDE_PRECISION)
@@ -148,24 +148,25 @@ def output_grad(
                     x = linear_step(fq, fk, vt, behind_window(t, s, n, w), x, NF, WIDE, WIDE_PRECISION)
         r = tl.load(stats + 2 * plane + rows_at, mask=live, other=0.0)
         weight = up(tl.load(rla_weight + w_at, mask=w_ok, other=0.0))
-        dl, dw = norm_grad(x, r, weight, d, live, DV)
+        d = up(load_values(d_at, d_rows, live, DV, DVP))
+        d, dw = norm_grad(x, r, weight, d, live, DV)
+        if READS:
+            store_values(dx_l + out_at * DV, out_rows * DV, inside, d, DV, DVP)
         store_head_sums(dw_l + part_at, dw, G - hb * HP, HP, C, DV, DVP)
-    dl = operand(dl, WIDE)
-    if READS:
-        store_values(dx_l + out_at * DV, out_rows * DV, inside, up(dl), DV, DVP)
+    elif READS:
+        d = up(load_values(d_at, d_rows, live, DV, DVP))
+        store_values(dx_l + out_at * DV, out_rows * DV, inside, d, DV, DVP)
 
     # -------------------------------------------------------------- the softmax branch again, and its norm
     if SOFT:
         if HAS_ROPE:
-            x_q = ()
-            for j in tl.static_range(ND):
-                x_q = x_q + (up(raw[j]),)
+            x_q = scaled(load_blocks_again(q_at, q_rows, live, D, DB, ND), q, False, D, DB, ND)
             position = positions_of(positions, start, b, t, live, Tk, HAS_POSITIONS, HAS_SEGMENTS)
             x_q = rotate(x_q, cos, sin, position, live, M, False, D, DB, ND)
             store_blocks(qr + out_at * D, out_rows * D, inside, x_q, D, DB, ND)
             qt = blocks_as(x_q, ND, NARROW)
         else:
-            qt = raw
+            qt = load_blocks_again(q_at, q_rows, live, D, DB, ND)
         lse = tl.load(stats + rows_at, mask=live, other=0.0)
         x = tl.zeros([R, DVP], tl.float32)
         for i in range(tl.maximum(border, oldest), end, BN):
@@ -175,13 +176,12 @@ def output_grad(
             logits = scores(qt, kt, scale_log2, ND, NARROW, PRECISION)
             p = tl.where(in_window(t, s, n, w), tl.exp2(logits - lse[:, None]), 0.0)
             x = dot(p, vt, x, NARROW, PRECISION)
-        ds = d
+        d = up(load_values(d_at, d_rows, live, DV, DVP))
         if MIX:
             r = tl.load(stats + plane + rows_at, mask=live, other=0.0)
             weight = up(tl.load(swa_weight + w_at, mask=w_ok, other=0.0))
-            ds, dw = norm_grad(x, r, weight, d, live, DV)
+            d, dw = norm_grad(x, r, weight, d, live, DV)
             store_head_sums(dw_s + part_at, dw, G - hb * HP, HP, C, DV, DVP)
-        ds = operand(ds, WIDE)
-        store_values(dx_s + out_at * DV, out_rows * DV, inside, up(ds), DV, DVP)
-        dd = tl.sum(up(ds) * x, axis=1)
+        store_values(dx_s + out_at * DV, out_rows * DV, inside, d, DV, DVP)
+        dd = tl.sum(up(operand(d, WIDE)) * x, axis=1)
         tl.store(delta + rows_at, tl.where(live, dd, 0.0), mask=inside)

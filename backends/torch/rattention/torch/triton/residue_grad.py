@@ -100,9 +100,9 @@ def residue_grad(
         opening = tl.maximum(opening, (end // N) * N)
         if (i0 < end) & (i0 + BN > opening):
             feeds = real & (n >= opening) & (n < end)
-            e_at = d_final + (b * Hkv + h) * (F * DV)
-            acc_v = read_state(fk, feeds, e_at, acc_v, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
-            df = state_grad(vw, feeds, e_at, df, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
+            f_at = d_final + (b * Hkv + h) * (F * DV)
+            acc_v = read_state(fk, feeds, f_at, acc_v, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
+            df = state_grad(vw, feeds, f_at, df, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
 
     rows = tl.arange(0, R)
     token = rows // HP
