@@ -9,7 +9,7 @@ import torch
 from rattention import torch as rt
 from rattention.spec import SpecError, Unsupported
 from rattention.torch import arguments, dispatch
-from rattention.torch.eager import band, scan
+from rattention.torch.eager import band, fused, mix, scan
 from torch import Tensor
 
 B, T, HQ, HKV, D, DV = 2, 12, 4, 2, 4, 3
@@ -41,10 +41,13 @@ def constants() -> dict[str, Any]:
     return {"rope_cos": cos, "rope_sin": sin, "segment_ids": ids, "window": 2}
 
 
-def test_gradcheck_of_every_differentiable_input():
-    names, tensors = zip(*inputs(T=9).items(), strict=True)
-    fixed = constants()
-    fixed["segment_ids"] = fixed["segment_ids"][:, :9]
+@pytest.mark.parametrize("memory", [True, False])
+def test_gradcheck_of_every_differentiable_input(memory):
+    t, fixed = inputs(B=1, T=9), constants()
+    fixed["segment_ids"] = fixed["segment_ids"][:1, :9]
+    if not memory:
+        del t["memory"]
+    names, tensors = zip(*t.items(), strict=True)
 
     def f(*args: Tensor):
         return rt.rattention(**dict(zip(names, args, strict=True)), **fixed, return_final_state=True)
@@ -54,6 +57,7 @@ def test_gradcheck_of_every_differentiable_input():
 
 def test_gradcheck_of_a_continuation():
     t = inputs(T=3)
+    del t["memory"]
     cache = [torch.randn(B, 4, HKV, n, dtype=torch.float64) for n in (D, DV)] + [t.pop("initial_state")]
     length, lengths = torch.tensor([2, 30], dtype=torch.int32), torch.tensor([3, 2], dtype=torch.int32)
     names = list(t)
@@ -86,10 +90,11 @@ def test_compile_without_graph_breaks(how):
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning:torch")
 def test_compile_with_the_default_compiler():
-    fixed, t = constants(), inputs(torch.float32)
-    compiled = torch.compile(lambda t: rt.rattention(**t, **fixed, return_final_state=True), fullgraph=True)
+    t = inputs(torch.float32)
+    compiled = torch.compile(lambda q, k, v: rt.sliding_window_attention(q, k, v, window=2).square(), fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(t), rt.rattention(**t, **fixed, return_final_state=True))
+        got = compiled(t["q"], t["k"], t["v"])
+        torch.testing.assert_close(got, rt.sliding_window_attention(t["q"], t["k"], t["v"], window=2).square())
 
 
 def test_compile_generation():
@@ -270,13 +275,25 @@ def test_the_custom_operators_are_well_formed():
         return torch.randn(*shape, generator=make)
 
     ids = torch.randint(0, 2, (2, 9), generator=make, dtype=torch.int32).cumsum(1)
-    q, k, v = normal(2, 9, 3, 4), normal(2, 9, 4), normal(2, 9, 5)
-    args = (q, k, v, ids, ids, 3, False)
+    q, k, v, d_out = normal(2, 9, 6, 4), normal(2, 2, 9, 4), normal(2, 2, 9, 5), normal(2, 9, 6, 5)
+    args = (q, k, v, normal(2, 9, 2), normal(2, 9, 2), ids, ids, 3, 0.5, False)
     torch.library.opcheck(band.band_forward, args)
-    torch.library.opcheck(band.band_backward, (normal(2, 9, 3, 5), *args))
-    phi_q, phi_k, state = normal(2, 9, 3, 8), normal(2, 7, 8), normal(2, 8, 5)
+    torch.library.opcheck(band.band_backward, (d_out, *args))
     groups = (ids, ids[:, :7], torch.cat([ids[:, :1], ids[:, :7]], 1))
-    args = (phi_q, phi_k, v[:, :7], state)
-    states = scan.scan_forward(*args, *groups, False, False)[2]
-    torch.library.opcheck(scan.scan_forward, (*args, *groups, False, False))
-    torch.library.opcheck(scan.scan_backward, (normal(2, 9, 3, 5), state, *args, states, *groups, False, False))
+    for state in (normal(2, 2, 8, 5), None):
+        args = (q, k[:, :, :7], v[:, :, :7], state)
+        _, final, states = scan.scan_forward(*args, *groups, False, "softmax", False)
+        torch.library.opcheck(scan.scan_forward, (*args, *groups, False, "softmax", False))
+        torch.library.opcheck(scan.scan_backward, (d_out, final, *args, states, *groups, False, "softmax", False))
+    for n, keep in ((9, True), (9, False), (0, True)):
+        some = {"q": normal(2, n, 6, 4), "k": normal(2, 2, n, 4), "v": normal(2, 2, n, 5)}
+        some |= {"key": some["k"][:, :, 3:], "q_scale": normal(2, 4), "swa_weight": normal(2, 6, 5)}
+        none: dict[str, Any] = dict.fromkeys(fused.Inputs._fields)
+        args = (*fused.Inputs(**(none | some | {"rla_weight": normal(2, 6, 5)})), 3, 0.5, False, "relu", 1e-6, False)
+        torch.library.opcheck(fused.fused_forward, (*args, keep))
+        out, final, *kept = fused.fused_forward(*args, keep)
+        if keep:
+            torch.library.opcheck(fused.fused_backward, (out, final, *args[:15], *kept, *args[15:]))
+    args = (normal(2, 9, 6, 5), normal(2, 9, 6, 5), normal(2, 6, 5), normal(6, 5).expand(2, 6, 5), 1e-6)
+    torch.library.opcheck(mix.mix_forward, args)
+    torch.library.opcheck(mix.mix_backward, (d_out, *args))

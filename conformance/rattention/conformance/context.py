@@ -11,6 +11,7 @@ from rattention.conformance.case import Case
 from rattention.conformance.judge import Violation, compare
 from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
+from rattention.conformance.strategies.pools import outside
 from rattention.spec import Result, SpecError, Unsupported, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")
@@ -25,7 +26,14 @@ class Broken(Exception):
 
 
 class PortFailure(Exception):
-    """A port of another language crashed, hung or answered garbage; raised by the wire client (WIRE-3)."""
+    """A port of another language crashed, hung or answered garbage; raised by the wire client (WIRE-3).
+
+    `clause` is the rule of the protocol that it broke.
+    """
+
+    def __init__(self, text: str, clause: str = "WIRE-3"):
+        super().__init__(text)
+        self.clause = clause
 
 
 class Context:
@@ -64,7 +72,7 @@ class Context:
         except SpecError as error:
             self._break(("BCK-5", error.clause), f"a valid call was refused: {error}", "refusal")
         except PortFailure as failure:
-            self._break(("WIRE-3", "BCK-3"), str(failure), "crash")
+            self._break((failure.clause, "BCK-3"), str(failure), "crash")
         except Exception as error:  # a backend may fail in any way it likes
             where = traceback.extract_tb(error.__traceback__)[-1]
             self._break(
@@ -112,7 +120,7 @@ class Context:
         for name, bound in dict(about.get("limits") or {}).items():
             value = call.dims.get(name, call.attributes.get(name))
             if name in call.dims or name in call.attributes:
-                reason = _outside(name, value, bound)
+                reason = outside(name, value, bound)
                 if reason:
                     return reason
         return ""
@@ -229,19 +237,3 @@ def storage_of(case: Case) -> str:
         if t.dtype == "storage" and t.name in case.tensors:
             return str(case.tensors[t.name].dtype)
     return "float32"
-
-
-def _outside(name: str, value: Any, bound: Any) -> str:
-    """Limits are a largest number, a list of what is allowed, or a table with minimum, maximum and multiple_of."""
-    if isinstance(bound, list | tuple):
-        return "" if value in bound else f"{name}={value} is none of {list(bound)}"
-    if isinstance(bound, Mapping):
-        low, high, step = bound.get("minimum"), bound.get("maximum"), bound.get("multiple_of")
-        if value is None:
-            return "" if bound.get("none", True) else f"{name}=None is outside the limits"
-        if (low is not None and value < low) or (high is not None and value > high) or (step and value % step):
-            return f"{name}={value} is outside {dict(bound)}"
-        return ""
-    if isinstance(bound, int | float) and not isinstance(bound, bool) and isinstance(value, int | float):
-        return f"{name}={value} is above {bound}" if value > bound else ""
-    return ""

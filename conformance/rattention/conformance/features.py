@@ -14,7 +14,7 @@ MAPS = {"softmax": "FM-1", "relu": "FM-2", "identity": "FM-3"}
 def exercised(op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> tuple[str, ...]:
     """Every clause that agreement with the reference on this call speaks about, in the order of the specification."""
     base = op.removesuffix(".vjp")
-    found = {"NUM-1", "BCK-2", "ERR-13"}
+    found = {"NUM-1", "BCK-2", "BCK-3", "ERR-13"}
     storage = next((str(x.dtype) for x in tensors.values() if x.dtype.kind != "i"), "float32")
     found.add("NUM-2" if storage == "float32" else "NUM-3")
     feature_map = attrs.get("feature_map", "softmax")

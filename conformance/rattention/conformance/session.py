@@ -83,7 +83,9 @@ class Session:
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
         if case is None or not self.selected(case):
             return result
-        result.op, result.dtype, result.clauses = case.op, storage_of(case), case.clauses
+        clauses = (*case.clauses, *getattr(self.ctx.backend, "clauses", ()))
+        clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
+        result.op, result.dtype, result.clauses = case.op, storage_of(case), clauses
         if case.op not in load().operations:
             result.dtype = "any"
         calls = self.ctx.calls
@@ -168,7 +170,7 @@ class Session:
         case.clauses = tuple(dict.fromkeys(label for v in violations for label in v.clauses)) or case.clauses
         try:
             bounds = self.ctx.bounds(case.op, case.tensors, case.attrs)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, IndexError):
             return
         case.expected = {name: value for name, (value, _) in bounds.items()}
         case.budget = {name: limit for name, (_, limit) in bounds.items()}

@@ -41,10 +41,17 @@ def run(
         SpecError: the call breaks a constraint of the specification.
         Unsupported: `impl="pallas"` and the kernels lack this call, or `check_values` with traced integers.
     """
+    call, arrays = check(op, tensors, attrs, check_values=check_values)
+    return choose(call, arrays, impl, precision).run(call, arrays, precision)
+
+
+def check(
+    op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any], *, check_values: bool = False
+) -> tuple[Call, dict[str, jax.Array]]:
+    """The validated call, and its tensors as JAX arrays."""
     given = {name: t for name, t in tensors.items() if t is not None}
     call = validate(op, given, attrs, host=_host(given, check_values), extra_dtypes=_extra_dtypes())
-    arrays = {name: jnp.asarray(t) for name, t in given.items()}
-    return choose(call, arrays, impl, precision).run(call, arrays, precision)
+    return call, {name: jnp.asarray(t) for name, t in given.items()}
 
 
 def choose(call: Call, arrays: Mapping[str, Any], impl: str | None, precision: object) -> Any:

@@ -101,22 +101,19 @@ class Product:
     def coherence(self, v: np.ndarray) -> np.ndarray:
         """How much larger the states right @ v are than if their terms had random signs, [..., 1, Dv], at least 1.
 
-        The largest of a few prefixes and suffixes, in energy, summed over F.
+        In energy summed over F; the largest over the first and the last quarter, half, three quarters of the rows, all.
         """
-        S = v.shape[-2]
-        cuts = np.linspace(0, S, min(S, 8) + 1).astype(int)
-        energy, terms = [], []
+        cuts = np.linspace(0, v.shape[-2], min(v.shape[-2], 4) + 1).astype(int)
+        worst, state, alone = np.ones(()), np.zeros(()), np.zeros(())
+        prefixes = []
         for start, stop in itertools.pairwise(cuts):
             right, rows = self.right[..., start:stop], v[..., start:stop, :]
-            energy.append(right @ rows)
-            terms.append(np.square(right) @ np.square(rows))
-        if not energy:
-            return np.ones(())
-        worst = np.ones(())
-        for order in (slice(None), slice(None, None, -1)):
-            states = np.square(np.cumsum(np.stack(energy[order]), 0)).sum(-2, keepdims=True)
-            alone = np.cumsum(np.stack(terms[order]), 0).sum(-2, keepdims=True)
-            worst = np.maximum(worst, (states / np.where(alone > 0, alone, 1.0)).max(0))
+            state = state + right @ rows
+            alone = alone + np.square(right).sum(-2, keepdims=True) @ np.square(rows)
+            prefixes.append((state, alone))
+        for part, energy in prefixes + [(state - s, alone - e) for s, e in prefixes[:-1]]:
+            largest = np.square(part).sum(-2, keepdims=True)
+            worst = np.maximum(worst, largest / np.where(energy > 0, energy, np.inf))
         return worst
 
 
@@ -289,6 +286,13 @@ class Space:
             error = np.where(seen & (rest > 0), error, 0.0)
             own = clean * (EXP * 2 * self.u + self.accumulation(n))
         return Bounded(self, p, np.square(error) + np.square(own))
+
+    def recomputed(self, p: Bounded, s: Bounded, mask: np.ndarray) -> Bounded:
+        """A backward pass has p = exp(s - lse) with lse rounded to float32: its weights do not quite sum to 1."""
+        score = np.where(mask, np.abs(_finite(s.value)), 0.0)
+        exponent = self.u * UNIFORM * (score + score.max(-1, keepdims=True, initial=0.0))
+        relative = np.expm1(np.minimum(LAMBDA * exponent, 4.0)) / LAMBDA
+        return Bounded(self, p.value, p.var + np.square(relative * _finite(p.value)))
 
     # -------------------------------------------------------------------------------------------- norm
 

@@ -58,9 +58,13 @@ def rotate(xp: Any, x: Array, cos: Array, sin: Array) -> Array:
 
 
 def window_attention(xp: Any, q: Array, k: Array, v: Array, window: np.ndarray, scale: float) -> tuple[Array, Array]:
-    """out_t = sum over the window of p_ti v_i, p = softmax(scale <q_t, k_i>) (SWA-1 to SWA-6). Returns out and p."""
-    p = xp.softmax(xp.matmul(q, transpose(k)) * scale, window)
-    return xp.matmul(p, v, window), p
+    """out_t = sum over the window of p_ti v_i, p = softmax(scale <q_t, k_i>) (SWA-1 to SWA-6).
+
+    Returns out, and p as a backward pass has it.
+    """
+    scores = xp.matmul(q, transpose(k)) * scale
+    p = xp.softmax(scores, window)
+    return xp.matmul(p, v, window), xp.recomputed(p, scores, window)
 
 
 def window_attention_vjp(
@@ -144,7 +148,8 @@ def final_state_vjp(
     """d_fk, d_v, d_state of `final_state`."""
     chosen = folded[:, None, None, :, None]
     # Backwards the recurrence starts from the cotangent of the state, and adds what each query reads.
-    d = xp.carried(d_final[:, :, None], folded.shape[-1])
+    d_final = xp.carried(d_final, folded.shape[-1])
+    d = d_final[:, :, None]
     d_fk = xp.where(chosen, xp.matmul(xp.where(chosen, v), transpose(d)))
     d_v = xp.where(chosen, xp.matmul(xp.where(chosen, fk), d))
     return d_fk, d_v, xp.where(keeps[:, None, None, None], d_final)

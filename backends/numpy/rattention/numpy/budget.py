@@ -1,7 +1,8 @@
 """The error budget: how far an honest implementation may be from the reference, element by element (NUM-1).
 
-The quadratic form is evaluated over arrays that carry an error (`bounded.py`); the budget of an output element is
-LAMBDA of its deviations plus the one rounding to the output's dtype.
+The quadratic form is evaluated over arrays that carry an error (`bounded.py`), and over emulated machines that round as
+the spec allows (`emulated.py`). The budget of an output element is LAMBDA deviations of the first, SAMPLES times the
+error of the second, and the one rounding to the output's dtype. Chapter 10 of the spec derives it.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def evaluate(op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> d
 
     Returns:
         For each output its value in float64, unrounded, and its budget: the largest |got - value| that conforms, both
-        of the output's shape. Value NaN means that the formulas make it NaN (NUM-5). Budget 0 means bit equality:
-        copies of inputs, integers, and what the spec calls exactly 0. Where every number within the budget overflows
-        the output's dtype the value is the infinity of its sign; where only some do, the budget is infinite.
+        of the output's shape. Value NaN means that the formulas make it NaN (NUM-5); where an input holds an infinity,
+        whether inf or NaN results depends on the order of operations, and the budget is infinite. Budget 0 means bit
+        equality: copies of inputs, integers, and what the spec calls exactly 0. Where every number within the budget
+        overflows the output's dtype the value is the infinity of its sign; where only some do, the budget is infinite.
 
     Raises:
         SpecError: the call is invalid.
@@ -52,8 +54,8 @@ def evaluate(op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> d
     if op == "rope_table":
         return _tables(call, given)
     space = Space(call.storage)
-    half = call.storage in ("float16", "bfloat16")
-    machines = [emulated.Space(call.storage, stretch=s) for s in STRETCHES] if half else []
+    stretches = STRETCHES if call.storage in ("float16", "bfloat16") else STRETCHES[:1]
+    machines = [emulated.Space(call.storage, stretch=s) for s in stretches] if call.storage != "float64" else []
     sums: dict[str, _Sum] = {}
     for piece, at in _pieces(call, given):
         part = quadratic.check(op, piece, attrs)
@@ -65,7 +67,8 @@ def evaluate(op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> d
                 whole = sums.setdefault(o.name, _Sum(call.output_shapes()[o.name], len(machines)))
                 where = tuple(at.get(s, slice(None)) for s in o.shape)
                 whole.add(where, outputs[o.name], [r[o.name] for r in rounded])
-    return {name: _finish(s, dtypes[name]) for name, s in sums.items()}
+    infinite = any(np.isinf(x).any() for n, x in given.items() if n not in quadratic.INTEGERS)
+    return {name: _finish(s, dtypes[name], infinite) for name, s in sums.items()}
 
 
 class _Sum:
@@ -99,8 +102,8 @@ class _Sum:
         return np.where(self.deviation > 0, error, 0.0)
 
 
-def _finish(total: _Sum, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Add the rounding to the output's dtype."""
+def _finish(total: _Sum, dtype: str, infinite: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Add the rounding to the output's dtype. `infinite`: some input holds an infinity."""
     value, error = total.value, total.error()
     if dtype not in DTYPES or total.stored:
         return value, np.zeros_like(value)
@@ -112,7 +115,8 @@ def _finish(total: _Sum, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         top = precision.top * (1 + precision.u)  # where rounding turns to infinity
         budget = np.where(size + budget >= top, np.inf, budget)
         lost = (size - error) * (1 - precision.u) > top
-        return np.where(lost, np.copysign(np.inf, value), value), np.where(lost, 0.0, budget)
+        value, budget = np.where(lost, np.copysign(np.inf, value), value), np.where(lost, 0.0, budget)
+    return value, np.where(infinite & ~np.isfinite(value), np.inf, budget)
 
 
 def _tables(call: Call, given: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -43,6 +43,7 @@ class Space:
         state: what the running state of the linear branch is held in; anything but float32 is a fault (NUM-3).
         folded: contract phi(k)^T v first, as a state does, instead of phi(q) phi(k)^T.
         sequential: add term by term, instead of as the BLAS does.
+        saved: the backward pass makes the softmax weights again from scores and a saved log-sum-exp.
         stretch: round operands on the grid of storage divided by this factor, as an implementation does that holds
             them in another scale, such as weights before their division by the softmax denominator.
         inner_eps: a fault: eps outside the root (MIX-2).
@@ -53,6 +54,7 @@ class Space:
     state: str = "float32"
     folded: bool = False
     sequential: bool = False
+    saved: bool = False
     stretch: float = 1.0
     inner_eps: bool = True
 
@@ -84,6 +86,17 @@ class Space:
             return exact.rms_norm(x, eps)
         factor = 1 / (np.sqrt(np.mean(x * x, -1, keepdims=True)) + eps)
         return x * factor, factor
+
+    def recomputed(self, p: np.ndarray, s: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        if not self.saved:
+            return p
+        z = np.where(mask, s, np.float32(-np.inf))
+        top = z.max(-1, keepdims=True, initial=-np.inf)
+        some = np.isfinite(top)
+        top = np.where(some, top, np.float32(0))
+        total = np.exp(z - top).sum(-1, keepdims=True)
+        lse = top + np.log(np.where(some, total, np.float32(1)))
+        return np.where(mask, np.exp(z - lse), np.float32(0))
 
     def sum(self, x: np.ndarray, axis: int | tuple[int, ...], keepdims: bool = False) -> np.ndarray:
         if not self.sequential:

@@ -75,6 +75,11 @@ def softmax(s: Array, mask: np.ndarray | None = None) -> Array:
         return e / np.where(total == 0, 1.0, total)
 
 
+def recomputed(p: Array, s: Array, mask: np.ndarray) -> Array:
+    """p = softmax(s) once more, as exp(s - lse) from a saved log-sum-exp: values are as they were, errors grow."""
+    return p
+
+
 def rms_norm(x: Array, eps: float) -> tuple[Array, Array]:
     """x / sqrt(mean(x^2) + eps) over the last axis, and the factor 1 / sqrt(...) itself (MIX-2)."""
     with np.errstate(all="ignore"):

@@ -236,6 +236,8 @@ def _rotated(xp: Any, t: dict[str, Array], reads: Reads, q: Array, k: Array, sig
         if not t["rope_cos"].shape[0]:  # an empty table: no token is live (ERR-9)
             rotated.append(x)
             continue
+        # Cached keys of a row without a query are rotated for nobody: the table need not reach them (ERR-9).
+        rows = np.minimum(rows, t["rope_cos"].shape[0] - 1)
         cos = t["rope_cos"][rows][:, None, None]
         sin = t["rope_sin"][rows][:, None, None]
         rotated.append(xp.where(chosen, br.rotate(xp, x, xp.where(chosen, cos), xp.where(chosen, sin) * sign)))

@@ -132,6 +132,7 @@ class Sequence:
     cos: Array | None  # [B, S, D/2] rows of the rotary table, 0 where inert
     sin: Array | None
     state: Array  # [B, N, F, Dv] the state carried in
+    carries: bool  # a state was carried in
     slots: int
     window: int | None
     scale: float
@@ -149,7 +150,7 @@ def sequence(call: Call, t: dict[str, Array]) -> Sequence:
         at = np.arange(-slots, T) + t["cache_length"][:, None]  # position of every slot and token
         new = t.get("lengths", np.full(B, T))[:, None]
         segment = ((at >= 0) & (np.arange(-slots, T) < new)).astype(np.int64)
-        state = t["cache_state"]
+        state, carries = t["cache_state"], True
     else:
         # The ring starts with dead slots; more than T of them would never be reached.
         slots = 0 if w is None else min(max(w, 0), T)
@@ -158,6 +159,7 @@ def sequence(call: Call, t: dict[str, Array]) -> Sequence:
         segment[:, slots:] = t.get("segment_ids", 1)
         at = np.zeros((B, slots + T), np.int64)
         at[:, slots:] = t["positions"] if "positions" in t else _index_in_segment(segment[:, slots:])
+        carries = "initial_state" in t
         state = t.get("initial_state", np.zeros((B, N, d.get("F", 0), d["Dv"])))
     live = segment != 0
     k, v = np.where(live[..., None, None], k, 0.0), np.where(live[..., None, None], v, 0.0)
@@ -184,13 +186,14 @@ def sequence(call: Call, t: dict[str, Array]) -> Sequence:
         fk = np.where(live[..., None, None], phi(k * t.get("k_scale", 1.0), kind), 0.0)
     scale = attrs.get("scale")
     scale = 1.0 / math.sqrt(d["D"]) if scale is None else scale
-    return Sequence(q, k, v, q_rot, k_rot, fq, fk, segment, opens, first, cos, sin, state, slots, w, scale)
+    return Sequence(q, k, v, q_rot, k_rot, fq, fk, segment, opens, first, cos, sin, state, carries, slots, w, scale)
 
 
 def _rows(table: Array, rows: Array, live: Array) -> Array:
     if not len(table):
         return np.zeros((*rows.shape, table.shape[1]))
-    return np.where(live[..., None], table[rows], 0.0)
+    # Cached keys of a row without a query are rotated for nobody: the table need not reach them (ERR-9).
+    return np.where(live[..., None], table[np.minimum(rows, len(table) - 1)], 0.0)
 
 
 def _index_in_segment(ids: Array) -> Array:
@@ -207,6 +210,7 @@ class Mechanism:
     def __init__(self, s: Sequence, initial: Array, memory: Array | None):
         self.s, self.initial, self.memory = s, initial, memory
         self.state = initial.copy()  # a row of padding alone keeps it (SEG-8)
+        self.holds = np.full(len(initial), s.carries)  # the state has something to read
         self.finite = bool(np.isfinite(s.k_rot).all() and np.isfinite(s.v).all())
 
     def span(self, t: int) -> slice:
@@ -223,6 +227,7 @@ class Mechanism:
         if opens.any():
             fresh = np.where(s.first[:, t, None, None, None], self.initial, 0.0)
             self.state = np.where(opens[:, None, None, None], fresh, self.state)
+            self.holds = np.where(opens, s.first[:, t] & s.carries, self.holds)
         if s.window == -1:
             self.fold(t + s.slots, t)  # RLA-1
 
@@ -235,6 +240,7 @@ class Mechanism:
         if joins.any():
             outer = s.fk[:, i, :, :, None] * s.v[:, i, :, None, :]
             self.state = np.where(joins[:, None, None, None], self.state + outer, self.state)
+            self.holds |= joins
 
     def window(self, t: int) -> tuple[Array, Array, Array]:
         """Rotated keys, values and who is alive in ring and token: [B, R, N, D], [B, R, N, Dv], [B, R] (SEG-1)."""
@@ -258,13 +264,13 @@ class Mechanism:
         return p, np.matmul(p, v.transpose(0, 2, 1, 3))
 
     def read_state(self, t: int) -> Array:
-        """phi(q_t) (S + M), [B, N, G, Dv] (RLA-2, RLA-5)."""
+        """phi(q_t) (S + M), [B, N, G, Dv] (RLA-2, RLA-5); exactly 0 where there is nothing to read (RLA-7)."""
         fq = self.s.fq
         assert fq is not None
         out = np.matmul(fq[:, t], self.state)
         if self.memory is not None:
-            out = out + np.matmul(fq[:, t, :, :, None], self.memory)[..., 0, :]
-        return out
+            return out + np.matmul(fq[:, t, :, :, None], self.memory)[..., 0, :]
+        return np.where(self.holds[:, None, None, None], out, 0.0)
 
     def advance(self, t: int) -> None:
         """Token t is done: the oldest token of the ring leaves it for the state (RLA-6, EXT-5, EXT-10)."""

@@ -31,11 +31,11 @@ class Cache(NamedTuple):
     def empty(
         cls,
         batch: int,
-        *,
-        window: int | None,
         num_kv_heads: int,
         head_dim: int,
         value_dim: int | None = None,
+        *,
+        window: int | None,
         feature_map: str = "softmax",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,

@@ -31,7 +31,7 @@ class TritonBackend:
             "dtypes": list(spec.storage_dtypes),
             "capabilities": list(spec.capabilities),
             "tile_sizes": {"T": [16, 32, 64], "window": [32, 64], "D": [16, 32, 64]},
-            "limits": {"D": [1, 256], "Dv": [1, 256]},
+            "limits": {"D": 256, "Dv": 256},
             "kernels": list(KERNELS),
         }
 

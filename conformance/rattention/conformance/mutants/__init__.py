@@ -18,6 +18,7 @@ FAMILIES = (
     "segments",
     "cache",
     "contract",
+    "wire",
 )
 for _family in FAMILIES:  # each module plants its mutants when it is imported
     import_module(f"rattention.conformance.mutants.{_family}")

@@ -49,7 +49,7 @@ class DecodeFoldsLate(Extend):
         return np.roll(folds, 1, 1) & self.plan.live
 
 
-@plant("EXT-2 SWA-1", "decode only", "TRAPS 1: decode window against prefill window")
+@plant("SWA-1 EXT-2", "decode only", "TRAPS 1: decode window against prefill window")
 class DecodeWindowShort(Extend):
     """One-token calls attend to w tokens."""
 
@@ -307,7 +307,7 @@ class SmallFoldsLost(Extend):
         return np.where(np.abs(state - old) < floor, old, state)
 
 
-@plant("EXT-1", "past size", "rationale: a fault that starts at a length")
+@plant("EXT-5 EXT-1", "past size", "rationale: a fault that starts at a length")
 class PastThousandStateFrozen(Extend):
     """Rows of 1000 tokens and more fold nothing."""
 

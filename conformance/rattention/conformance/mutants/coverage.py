@@ -11,6 +11,7 @@ from pathlib import Path
 from rattention.conformance import runner
 from rattention.conformance.mutants import CATALOGUE
 from rattention.conformance.mutants.runner import Death
+from rattention.conformance.mutants.wire import WirePort
 from rattention.spec import load
 
 
@@ -25,14 +26,16 @@ class Row:
 
 
 def passing(profile: str, seed: int, report: Path | None = None) -> dict[str, Counter[str]]:
-    """Backend to passing cases per clause: a run of `numpy` here, and those that lie as reports in `report`.
+    """Backend to passing cases per clause: `numpy` and a port behind the wire run here, others are read from `report`.
 
     Only conforming runs count.
     """
     outcome = runner.conform("numpy", runner.Settings(profile, seed, workers=0))
     found: dict[str, Counter[str]] = {}
-    if outcome.conforming:
-        found["numpy"] = Counter(c for r in outcome.results if r.status == "pass" for c in r.clauses)
+    wire = runner.conform("wire", runner.Settings("smoke", seed), backend=WirePort())
+    for name, run in (("numpy", outcome), ("eager form through exec:", wire)):
+        if run.conforming:
+            found[name] = Counter(c for r in run.results if r.status == "pass" for c in r.clauses)
     for file in sorted(report.glob("*/report.json")) if report else []:
         told = json.loads(file.read_text(encoding="utf-8"))
         if told.get("conforming") and told.get("backend") not in found:

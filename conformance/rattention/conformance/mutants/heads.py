@@ -58,7 +58,7 @@ class SoftmaxHeadsTiled(TiledWhen):
         return self.op == "sliding_window_attention"
 
 
-@plant("EXT-2 SWA-4", "decode only", "TRAPS 16")
+@plant("SWA-4 EXT-2", "decode only", "TRAPS 16")
 class DecodeHeadsTiled(TiledWhen):
     """One-token calls of rattention_extend tile the heads."""
 

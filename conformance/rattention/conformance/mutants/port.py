@@ -79,7 +79,7 @@ CATALOGUE: dict[str, Mutant] = {}
 
 
 def plant(clauses: str, kind: str, source: str) -> Callable[[type], type]:
-    """Register a mutated `Form` or `Port`. Its id is the class name in kebab case, its title the docstring.
+    """Register a mutated `Form`, or a backend class. Its id is the class name in kebab case, its title the docstring.
 
     Args:
         clauses: the labels it breaks, separated by blanks, the plainest breach first.
@@ -95,7 +95,7 @@ def plant(clauses: str, kind: str, source: str) -> Callable[[type], type]:
         unknown = set(labels) - set(load().clauses)
         if unknown:
             raise ValueError(f"{name} cites unknown clauses {sorted(unknown)}")
-        port = cls if issubclass(cls, Port) else type(cls.__name__, (Port,), {"form": cls})
+        port: Any = type(cls.__name__, (Port,), {"form": cls}) if issubclass(cls, Form) else cls
         title = (cls.__doc__ or "").strip().splitlines()[0]
 
         def make() -> Any:

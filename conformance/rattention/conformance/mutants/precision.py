@@ -70,16 +70,18 @@ class Tf32Backward(Form):
 
 @plant("NUM-3 SWA-3", "one dtype", "TRAPS 5: accumulation in storage")
 class SoftmaxSumInBf16(Form):
-    """In bfloat16 calls the softmax denominator is rounded to bfloat16 after every 16 keys."""
+    """In bfloat16 calls the softmax denominator is summed in bfloat16, two keys at a time."""
 
     def softmax(self, scores, mask):
-        p = super().softmax(scores, mask)
         if self.storage != "bfloat16":
-            return p
-        total = np.zeros((*p.shape[:-1], 1), np.float32)
-        for start in range(0, p.shape[-1], 16):
-            total = to_bf16(total + p[..., start : start + 16].sum(-1, keepdims=True))
-        return p / np.where(total == 0, 1, total)
+            return super().softmax(scores, mask)
+        wide = mask[:, None, None]
+        top = np.where(wide, scores, -np.inf).max(-1, keepdims=True, initial=-np.inf)
+        e = np.where(wide, np.exp(scores - np.where(top == -np.inf, 0, top)), 0)
+        total = np.zeros((*e.shape[:-1], 1), np.float32)
+        for start in range(0, e.shape[-1], 2):
+            total = to_bf16(total + e[..., start : start + 2].sum(-1, keepdims=True))
+        return e / np.where(total == 0, 1, total)
 
 
 @plant("NUM-3", "one dtype", "rationale: scores in float16 overflow past 65504")

@@ -27,9 +27,13 @@ def _draw(plan: Plan) -> Iterator[Recipe]:
                 number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
                 if not number:
                     continue
-                for i, recipe in enumerate(recipes(plan, op, size, number, "inert")):
+                for i, recipe in enumerate(
+                    recipes(plan, op, size, number, "inert", lambda r: r.has("segments") or r.has("lengths"))
+                ):
                     layout = ("left", "middle", "right", "both", "mixed", "empty")[i % 6]
                     inert = "lengths" if base == "rattention_extend" else "segments"
+                    if not plan.allows(inert):
+                        continue
                     options = tuple(dict.fromkeys((*recipe.without("poison").options, inert)))
                     fill = ("partial", "empty", "mixed")[i % 3]
                     yield recipe.with_(options=options, layout=layout, fill=fill)

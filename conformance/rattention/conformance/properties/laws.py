@@ -28,7 +28,9 @@ def _draw_splits(plan: Plan) -> Iterator[Recipe]:
     counts = {"small": (4, 36, 0.08), "medium": (1, 9, 0.12), "tile": (0, 3, 0.34)}
     for size, (smoke, quick, share) in counts.items():
         number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
-        for i, recipe in enumerate(recipes(plan, EXTEND, size, number, "splits") if number else ()):
+        for i, recipe in enumerate(
+            recipes(plan, EXTEND, size, number, "splits", lambda r: not r.has("lengths")) if number else ()
+        ):
             T = max(recipe.T, 2) if size == "small" else min(recipe.T, 24)
             kind = "ones" if plan.cost != "direct" else ("ones", "random", "random", "empty", "half", "ragged")[i % 6]
             yield recipe.without("lengths").with_(T=T, extra=(kind,))
@@ -176,13 +178,19 @@ def check_forward(ctx: Context, case: Case) -> list[Violation]:
 
 def _draw_packing(plan: Plan) -> Iterator[Recipe]:
     counts = {"small": (3, 12, 0.17), "medium": (0, 3, 0.34), "tile": (0, 1, 1.0)}
+
+    def suits(r: Recipe) -> bool:
+        return r.has("segments") and not r.has("positions")
+
     for base in ("sliding_window_attention", "residual_linear_attention", "rattention"):
         for op in (base, f"{base}.vjp"):
             if not plan.has(op):
                 continue
             for size, (smoke, quick, share) in counts.items():
                 number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
-                for i, recipe in enumerate(recipes(plan, op, size, number, "packing") if number else ()):
+                for i, recipe in enumerate(recipes(plan, op, size, number, "packing", suits) if number else ()):
+                    if not plan.allows("segments"):
+                        continue
                     options = tuple(dict.fromkeys((*recipe.options, "segments")))
                     layout = ("many", "tile", "mixed", "middle")[i % 4]
                     yield recipe.with_(options=options, layout=layout).without("positions")

@@ -20,7 +20,6 @@ from rattention.conformance.strategies.pools import recipes
 
 OPS = ("sliding_window_attention", "residual_linear_attention", "rattention", "rattention_extend")
 SIZES = {"small": (4, 30, 0.14), "medium": (1, 12, 0.17), "tile": (1, 6, 0.34), "long": (0, 3, 0.67)}
-KEPT = ("rope", "positions", "segments", "lengths", "poison", "defaults")
 CLAUSES = (
     *("SWA-1", "SWA-5", "SWA-6", "RLA-1", "RLA-6", "RLA-7", "RLA-9", "RAT-2", "RAT-4"),
     *("SEG-1", "SEG-2", "SEG-4", "SEG-7", "EXT-4", "EXT-5", "EXT-6", "EXT-7", "EXT-9", "EXT-10"),
@@ -34,8 +33,7 @@ def _draw(plan: Plan) -> Iterator[Recipe]:
         for size, (smoke, quick, share) in SIZES.items():
             number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
             if number:
-                for recipe in recipes(plan, op, size, number, "membership", Dv=16, scale=None, family="constant"):
-                    yield recipe.with_(options=tuple(o for o in recipe.options if o in KEPT))
+                yield from recipes(plan, op, size, number, "membership", lambda r: True, Dv=16)
 
 
 def _draw_vjp(plan: Plan) -> Iterator[Recipe]:
@@ -45,9 +43,7 @@ def _draw_vjp(plan: Plan) -> Iterator[Recipe]:
         for size, (smoke, quick, share) in SIZES.items():
             number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
             if number:
-                extra = dict(Dv=16, scale=None, family="constant")
-                for recipe in recipes(plan, f"{op}.vjp", size, number, "membership", **extra):
-                    yield recipe.with_(options=tuple(o for o in recipe.options if o in KEPT))
+                yield from recipes(plan, f"{op}.vjp", size, number, "membership", lambda r: True, Dv=16)
 
 
 def marked(recipe: Recipe, total: int, borders: tuple[int, ...]) -> np.ndarray:
@@ -62,7 +58,19 @@ def marked(recipe: Recipe, total: int, borders: tuple[int, ...]) -> np.ndarray:
 
 
 def _positive(case: Case, recipe: Recipe) -> None:
-    """q, k and the scales positive, so that every feature and every weight is: no product cancels."""
+    """q, k and the scales positive, so that every feature and every weight is: no product cancels.
+
+    States that every query reads, and cotangents of states, are zero: what is seen comes through the sets alone.
+    """
+    t = case.tensors
+    for name in ("initial_state", "memory", "cache_state", "d_final_state", "d_cache_state", "d_cache_k", "d_cache_v"):
+        if name in t:
+            t[name] = np.zeros_like(t[name])
+    for name in ("q_scale", "k_scale"):
+        if name in t:
+            t[name] = np.ones_like(t[name])
+    if case.attrs.get("scale") is not None:
+        case.attrs["scale"] = min(max(case.attrs["scale"], 0.0), 1.0)
     for name in ("q", "k", "cache_k"):
         if name in case.tensors:
             x = case.tensors[name]
@@ -91,7 +99,6 @@ def _make(plan: Plan, recipe: Recipe) -> Case | None:
     t["v"] = np.broadcast_to(channel[:, W:], t["v"].shape).astype(t["v"].dtype)
     if "cache_v" in t:
         t["cache_v"] = np.broadcast_to(channel[:, :W], t["cache_v"].shape).astype(t["cache_v"].dtype)
-        t["cache_state"] = np.zeros_like(t["cache_state"])
     if "swa_weight" in t:
         t["swa_weight"] = np.ones_like(t["swa_weight"])
         t["rla_weight"] = -np.ones_like(t["rla_weight"])
@@ -290,15 +297,11 @@ def _make_vjp(plan: Plan, recipe: Recipe) -> Case | None:
             if name in t:
                 t[name] = recipe.rng(name).uniform(0.5, 1.5, t[name].shape).astype(t[name].dtype)
         params = {"marks": marks.tolist(), "branch": branch}
-        if "cache_state" in t:
-            t["cache_state"] = np.zeros_like(t["cache_state"])
     else:
         marks = marked(recipe, T, _borders(recipe, plan, T))
         d[:, marks, :, np.arange(len(marks))] = 1.0
         params = {"marks": marks.tolist()}
     t["d_out"] = d.astype(t["d_out"].dtype)
-    for name in ("d_final_state", "d_cache_state", "d_cache_k", "d_cache_v"):
-        t.pop(name, None)
     case.params = params
     case.clauses = ("GRAD-2", "GRAD-5", *_clauses(case))
     return case

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from rattention.conformance.case import Case
@@ -18,12 +19,18 @@ OPS = (*BRANCHES, "rattention", "rattention_extend")
 
 
 def _spread(
-    plan: Plan, ops: tuple[str, ...], purpose: str, counts: tuple[int, int], share: float, size: str = "small", **fixed
+    plan: Plan,
+    ops: tuple[str, ...],
+    purpose: str,
+    counts: tuple[int, int],
+    share: float,
+    suits: Callable[[Recipe], bool] | None = None,
+    **fixed: Any,
 ) -> Iterator[Recipe]:
     for op in ops:
         number = plan.count(*counts, compiled=share)
         if plan.has(op) and number:
-            yield from recipes(plan, op, size, number, purpose, **fixed)
+            yield from recipes(plan, op, "small", number, purpose, suits, **fixed)
 
 
 # ---------------------------------------------------------------------------------------------- heads
@@ -34,9 +41,9 @@ PER_QUERY = {"q": 2, "memory": 0, "swa_weight": 0, "rla_weight": 0, "d_out": 2}
 
 
 def _draw_heads(plan: Plan) -> Iterator[Recipe]:
-    for i, recipe in enumerate(_spread(plan, OPS, "repeat", (3, 10), 0.1)):
+    for i, recipe in enumerate(_spread(plan, OPS, "repeat", (3, 10), 0.2, lambda r: r.G > 1)):
         Hkv, G = ((2, 3), (3, 2), (2, 2), (1, 3), (2, 8))[i % 5]
-        yield recipe.with_(Hkv=Hkv, G=G)
+        yield recipe.with_(Hkv=Hkv, G=G) if plan.cost == "direct" else recipe
 
 
 def _make_heads(plan: Plan, recipe: Recipe) -> Case | None:
@@ -71,8 +78,8 @@ def check_heads(ctx: Context, case: Case) -> list[Violation]:
 
 def _draw_rows(plan: Plan) -> Iterator[Recipe]:
     ops = tuple(op for base in (*OPS, "feature_map", "rms_mix") for op in (base, f"{base}.vjp"))
-    for i, recipe in enumerate(_spread(plan, ops, "rows", (1, 6), 0.17)):
-        yield recipe.with_(B=(2, 3)[i % 2]).without("positions")
+    for i, recipe in enumerate(_spread(plan, ops, "rows", (1, 6), 0.34, lambda r: r.B > 1)):
+        yield recipe.with_(B=(2, 3)[i % 2]) if plan.cost == "direct" else recipe
 
 
 def _make_rows(plan: Plan, recipe: Recipe) -> Case | None:
@@ -145,8 +152,12 @@ def check_windows(ctx: Context, case: Case) -> list[Violation]:
 # ---------------------------------------------------------------------------------------------- linearity
 
 
+def _plain(r: Recipe) -> bool:
+    return not (r.has("initial_state") or r.has("memory"))
+
+
 def _draw_linear(plan: Plan) -> Iterator[Recipe]:
-    for recipe in _spread(plan, BRANCHES, "linear", (2, 8), 0.13):
+    for recipe in _spread(plan, BRANCHES, "linear", (2, 8), 0.13, _plain):
         yield recipe.without("initial_state", "memory")
 
 
@@ -177,8 +188,12 @@ def check_linear(ctx: Context, case: Case) -> list[Violation]:
 # ---------------------------------------------------------------------------------------------- shifts of phi
 
 
+def _soft(r: Recipe) -> bool:
+    return r.feature_map == "softmax"
+
+
 def _draw_shift(plan: Plan) -> Iterator[Recipe]:
-    for recipe in _spread(plan, ("feature_map",), "shift", (3, 12), 0.25, feature_map="softmax"):
+    for recipe in _spread(plan, ("feature_map",), "shift", (3, 12), 0.25, _soft, feature_map="softmax"):
         yield recipe.with_(family="integers")
 
 

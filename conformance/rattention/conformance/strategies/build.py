@@ -44,7 +44,7 @@ def attributes(recipe: Recipe) -> dict[str, Any]:
         "scale": recipe.scale,
         "eps": recipe.eps,
         "head_dim": recipe.D,
-        "theta": recipe.scale or 10000.0,
+        "theta": float(recipe.rng("theta of the table").choice([1e4, 5e5, 100.0, 1.5])),
     }
     attrs = {name: values[name] for name in op.attribute}
     if recipe.has("defaults"):
@@ -61,7 +61,8 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
         out["segment_ids"] = layouts.segment_ids(recipe.layout, B, T, recipe.rng("segments"), tiles)
     if recipe.base_op == "rattention_extend":
         rng = recipe.rng("cache_length")
-        out["cache_length"] = layouts.cache_lengths(recipe.fill, B, W, rng, bounded=recipe.window is None)
+        bounded = recipe.window is None
+        out["cache_length"] = layouts.cache_lengths(recipe.fill, B, W, rng, bounded=bounded, top=reach(recipe))
         if recipe.has("lengths"):
             rng = recipe.rng("lengths")
             out["lengths"] = rng.integers(0, T + 1, B, dtype=np.int32)
@@ -70,7 +71,7 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
                 out["lengths"][int(rng.integers(0, B))] = int(rng.choice([0, T, max(T - 1, 0)]))
     if recipe.has("rope") and recipe.has("positions"):
         rng = recipe.rng("positions")
-        rows = max(2 * T, 4)
+        rows = table_rows(recipe, {})
         out["positions"] = rng.integers(0, rows, (B, T), dtype=np.int32)
         if T and B:
             out["positions"][0, 0] = rows - 1
@@ -79,16 +80,22 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
     return out
 
 
+def reach(recipe: Recipe) -> int:
+    """How many tokens beyond its window a cache may have seen, and how far positions may lie."""
+    return 3000 if recipe.has("far") else 40
+
+
 def table_rows(recipe: Recipe, ints: dict[str, np.ndarray]) -> int:
-    """M: as many rows as the call reads, or a few more."""
+    """M. It follows from the signature alone, except with the option "rows": then no row is spared."""
     size = dims(recipe)
-    spare = int(recipe.rng("rows").integers(0, 3)) if recipe.has("poison") else 0
-    if "positions" in ints:
-        return max(2 * size["T"], 4)
-    if "cache_length" in ints:
-        new = ints.get("lengths", np.full(size["B"], size["T"]))
-        return int(np.max(ints["cache_length"].astype(np.int64) + new, initial=0)) + spare
-    return size["T"] + spare
+    if recipe.has("positions"):
+        return 2 * size["T"] + reach(recipe)
+    if recipe.base_op == "rattention_extend":
+        if recipe.has("rows"):
+            new = ints.get("lengths", np.full(size["B"], size["T"]))
+            return int(np.max(np.where(new > 0, ints["cache_length"].astype(np.int64) + new, 0), initial=0))
+        return size["W"] + size["T"] + reach(recipe)
+    return size["T"] + (0 if recipe.has("rows") else 1)
 
 
 def rope_tables(recipe: Recipe, rows: int) -> dict[str, np.ndarray]:
@@ -107,8 +114,9 @@ def build(recipe: Recipe, tiles: tuple[int, ...] = ()) -> Case:
     size = dims(recipe)
     ints = integers(recipe, tiles)
     storage = DTYPES[recipe.dtype]
-    weight = storage if recipe.weights == "storage" else np.dtype(np.float32)
-    classes = {"storage": storage, "weight": weight, "float32": np.dtype(np.float32)}
+    single = np.dtype(np.float32)
+    weight = single if recipe.weights == "float32" else storage
+    classes = {"storage": storage, "weight": weight, "float32": single}
     tensors: dict[str, np.ndarray] = {}
     table: dict[str, np.ndarray] = {}
     for t in op.tensors:
@@ -120,7 +128,7 @@ def build(recipe: Recipe, tiles: tuple[int, ...] = ()) -> Case:
             tensors[t.name] = _table_positions(recipe)
         elif t.name.startswith("rope_"):
             table = table or rope_tables(recipe, table_rows(recipe, ints))
-            tensors[t.name] = table[t.name].astype(weight)
+            tensors[t.name] = table[t.name].astype(single if recipe.weights == "mixed" else weight)
         else:
             shape = tuple(size[s] for s in t.shape)
             values = draw(recipe.family, recipe.rng(t.name), shape, t.name)

@@ -44,7 +44,9 @@ def _row(kind: str, T: int, rng: np.random.Generator, tiles: tuple[int, ...]) ->
         count = int(rng.integers(2, max(3, min(6, live)) + 1))
         cuts = np.unique(rng.integers(1, live, count)) + begin
     # Ids need not grow: 7 then 3 is legal, and the same id may stand in every row.
-    ids = rng.permutation(np.arange(1, len(cuts) + 2)) * int(rng.choice([1, 1, 1000]))
+    ids = rng.permutation(np.arange(1, len(cuts) + 2)) * int(rng.choice([1, 1, 256, 65536]))
+    if rng.integers(0, 4) == 0:
+        ids = ids + 2**24  # neighbours that float32 cannot tell apart
     edges = [begin, *cuts.tolist(), end]
     for i, (a, z) in enumerate(itertools.pairwise(edges)):
         row[a:z] = ids[i]
@@ -92,7 +94,7 @@ def cache_lengths(fill: str, B: int, W: int, rng: np.random.Generator, *, bounde
         "empty": lambda: 0,
         "partial": lambda: int(rng.integers(1, W)) if W > 1 else 0,
         "full": lambda: W,
-        "beyond": lambda: W if bounded else W + int(rng.integers(1, top)),
+        "beyond": lambda: W if bounded else W + int(rng.integers(1, top + 1)),
     }
     out = []
     for b in range(B):

@@ -8,7 +8,7 @@ values from the seed; the others get fresh signatures too.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,11 +61,17 @@ class Plan:
     operations: tuple[str, ...] = ()
     tiles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     vectors: tuple[str, ...] = ()
+    lacking: frozenset[str] = frozenset()
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+    def allows(self, option: str) -> bool:
+        """False for an option whose capability the backend does not declare: "description" alone asks for those."""
+        return {"q_scale": "scales", "k_scale": "scales"}.get(option, option) not in self.lacking
 
     def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
         """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""
         number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 4 * quick}[self.profile]
-        return number if self.cost == "direct" else max(1, round(number * compiled))
+        return number if self.cost == "direct" else max(1 if compiled else 0, round(number * compiled))
 
     def rng(self, *purpose: Any) -> np.random.Generator:
         """A stream of its own for each purpose, from the run's seed."""
@@ -90,7 +96,23 @@ def make_plan(profile: str, seed: int, describe: Mapping[str, Any], vectors: tup
     tiles = tiles if isinstance(tiles, Mapping) else {}
     sizes = {str(k): tuple(int(x) for x in v) for k, v in tiles.items() if isinstance(v, list | tuple)}
     cost = describe.get("cost") or BY_NAME.get(str(describe.get("name")), "direct")
-    return Plan(profile, seed, cost if cost in COSTS else "direct", tiles=sizes, vectors=vectors)
+    listed = describe.get("operations")
+    names = tuple(op for op in load().operations if op in listed) if isinstance(listed, list | tuple) else ()
+    dtypes = tuple(d for d in DTYPES if d in (describe.get("dtypes") or ())) or DTYPES
+    capable = describe.get("capabilities")
+    lacking = frozenset(load().capabilities) - set(capable) if isinstance(capable, list | tuple) else frozenset()
+    limits = describe.get("limits")
+    return Plan(
+        profile,
+        seed,
+        cost if cost in COSTS else "direct",
+        dtypes,
+        names,
+        sizes,
+        vectors,
+        lacking,
+        limits if isinstance(limits, Mapping) else {},
+    )
 
 
 def beside(values: Sequence[int], low: int, high: int) -> list[int]:
@@ -121,7 +143,7 @@ def channels(plan: Plan, size: str, *, even: bool) -> list[int]:
         "small": [1, 2, 3, 4, 4, 5, 6, 8],
         "medium": [2, 4, 7, 8, 12, 16],
         "tile": [4, 6, 8, 16],
-        "wide": [24, 33, 40, 64, 80, 96, 128, *declared],
+        "wide": [24, 33, 40, 64, 80, 96, 128, 160, *declared],
         "long": [4, 6],
     }[size]
     return [d for d in levels if d % 2 == 0] if even else levels
@@ -139,33 +161,103 @@ def windows(plan: Plan, T: int, size: str, draw: np.random.Generator) -> list[in
     return levels
 
 
-def recipes(plan: Plan, op: str, size: str, count: int, purpose: str, **fixed: Any) -> Iterator[Recipe]:
-    """`count` recipes of one size class, every factor balanced; `fixed` holds fields that do not vary."""
-    shapes, bag = plan.shape_rng(purpose, op, size), Bag(plan.shape_rng(purpose, op, size, "bag"))
+POOL = {"small": 8, "medium": 2, "tile": 1, "wide": 1, "long": 1}
+"""Signatures of each operation and size class, where every new one costs the compilation of a program."""
+SETS = 4
+"""Sets of values drawn for each signature of the pool."""
+
+
+def pool(plan: Plan, op: str, size: str) -> list[Recipe]:
+    """The signatures that all properties share, the same in every run of a profile."""
+    rng = np.random.default_rng((PROFILES.index(plan.profile), zlib.crc32(f"{op} {size}".encode())))
+    bag = Bag(rng)
+    number = {"smoke": 0.5, "quick": 1.0, "full": 4.0}[plan.profile] * POOL[size]
+    number *= 0.6 if op.removesuffix(".vjp") in ("feature_map", "rms_mix", "rope_table") else 1.0
+    return [_signature(plan, op, size, rng, bag, {}) for _ in range(max(1, round(number)))]
+
+
+def recipes(
+    plan: Plan,
+    op: str,
+    size: str,
+    count: int,
+    purpose: str,
+    suits: Callable[[Recipe], bool] | None = None,
+    **fixed: Any,
+) -> Iterator[Recipe]:
+    """`count` recipes of one size class, every factor balanced; `fixed` holds fields that do not vary.
+
+    Where programs are compiled, a property that says what `suits` it gets signatures from the pool, whose fields win
+    over `fixed`; without a suitable one, or without `suits`, it has a few signatures of its own.
+    """
     values, value_bag = plan.rng(purpose, op, size), Bag(plan.rng(purpose, op, size, "bag"))
-    signatures = count
-    if plan.cost != "direct":
-        # Each compiled program is worth several sets of values.
-        signatures = max(1, (count + 2) // 3)
-    drawn = [_signature(plan, op, size, shapes, bag, fixed) for _ in range(signatures)]
+    drawn: list[Recipe] = []
+    if plan.cost != "direct" and suits is not None:
+        drawn = [r for s in (size, "small", "medium") for r in pool(plan, op, s) if suits(r)]
+        of_size = len([r for r in pool(plan, op, size) if suits(r)])
+        drawn = drawn[:of_size] or drawn
+    if not drawn:
+        shapes, bag = plan.shape_rng(purpose, op, size), Bag(plan.shape_rng(purpose, op, size, "bag"))
+        signatures = count if plan.cost == "direct" else (count + SETS - 1) // SETS
+        drawn = [_signature(plan, op, size, shapes, bag, fixed) for _ in range(signatures)]
+    elif suits is not None:
+        fixed = {}
     for i in range(count):
-        yield _values(plan, drawn[i % signatures], values, value_bag, fixed)
+        yield _values(plan, drawn[i % len(drawn)], values, value_bag, fixed)
 
 
 def _signature(plan: Plan, op: str, size: str, rng: np.random.Generator, bag: Bag, fixed: dict[str, Any]) -> Recipe:
+    """One signature, inside the declared limits where a few draws find one."""
+    for _ in range(12):
+        recipe = _free_signature(plan, op, size, rng, bag, fixed)
+        if not plan.limits or inside(recipe, plan.limits):
+            break
+    return recipe
+
+
+def inside(recipe: Recipe, limits: Mapping[str, Any]) -> bool:
+    """Whether the declared limits admit the recipe."""
+    sizes = {n: getattr(recipe, n) for n in ("B", "T", "Hkv", "D", "Dv", "window", "feature_map", "eps")}
+    sizes |= {"Hq": recipe.Hkv * recipe.G, "H": recipe.Hkv * recipe.G}
+    sizes["F"] = recipe.D if recipe.feature_map == "identity" else 2 * recipe.D
+    return not any(name in limits and outside(name, value, limits[name]) for name, value in sizes.items())
+
+
+def outside(name: str, value: Any, bound: Any) -> str:
+    """Why a declared limit excludes a value, or "": a largest number, a list of what is allowed, or a table with
+    minimum, maximum, multiple_of and none."""
+    if isinstance(bound, list | tuple):
+        return "" if value in bound else f"{name}={value} is none of {list(bound)}"
+    if isinstance(bound, Mapping):
+        low, high, step = bound.get("minimum"), bound.get("maximum"), bound.get("multiple_of")
+        if value is None:
+            return "" if bound.get("none", True) else f"{name}=None is outside the limits"
+        if (low is not None and value < low) or (high is not None and value > high) or (step and value % step):
+            return f"{name}={value} is outside {dict(bound)}"
+        return ""
+    if isinstance(bound, int | float) and not isinstance(bound, bool) and isinstance(value, int | float):
+        return f"{name}={value} is above {bound}" if value > bound else ""
+    return ""
+
+
+def _free_signature(
+    plan: Plan, op: str, size: str, rng: np.random.Generator, bag: Bag, fixed: dict[str, Any]
+) -> Recipe:
     base = op.removesuffix(".vjp")
     extend = base == "rattention_extend"
-    options = [o for o in OPTIONS.get(base, ()) if bag.pick(f"option {o}", [True, False])]
+    options = [o for o in OPTIONS.get(base, ()) if bag.pick(f"option {o}", [True, False]) and plan.allows(o)]
     if op.endswith(".vjp"):
         options += [o for o in COTANGENTS.get(base, ()) if bag.pick(f"option {o}", [True, True, False])]
     if "rope" not in options and "positions" in options:
         options.append("rope")
+    if (extend or "positions" in options) and bag.pick("far", [True, False, False]):
+        options.append("far")
     if "options" in fixed:
         options = list(fixed["options"])
     T = fixed.get("T", bag.pick("T", _extend_tokens(plan, size) if extend else tokens(plan, size)))
     even = "rope" in options or base == "rope_table"
     D = bag.pick(f"D even={even}", channels(plan, size, even=even))
-    heads = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (1, 8), (2, 3)]
+    heads = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (1, 8), (2, 3), (1, 4), (2, 4), (1, 5), (4, 1), (1, 6)]
     if size in ("long", "tile", "wide"):
         heads = [(1, 1), (1, 2), (2, 1), (1, 3), *([(2, 2), (1, 8)] if size == "wide" else [])]
     if size == "long":
@@ -186,20 +278,22 @@ def _signature(plan: Plan, op: str, size: str, rng: np.random.Generator, bag: Ba
         Hkv=Hkv,
         G=G,
         D=D,
-        Dv=bag.pick("Dv", [D, 3, 5, 8, 2, 4] if size != "wide" else [D, 16, 65, 96]),
+        Dv=bag.pick("Dv", [D, 3, 5, 8, 2, 4, 1] if size != "wide" else [D, 16, 65, 96]),
         window=window if window is None else max(window, -1),
         feature_map=bag.pick("feature_map", ["softmax", "relu", "identity"]),
         scale=float(bag.pick("scale", [0.25, 1.0, -0.75, 0.0, 2.0, 0.5])) if "scale" in options else None,
         eps=bag.pick("eps", [1e-6, 1e-6, 1e-2, 1e-5]),
         options=tuple(o for o in options if o != "scale"),
-        slots=bag.pick("slots", [0, 1, 4, 7]) if window is None else 0,
-        weights=bag.pick("weights", ["float32", "storage"]),
+        slots=0 if window is not None else 600 if size == "long" else bag.pick("slots", [0, 1, 4, 7]),
+        weights=bag.pick("weights", ["float32", "storage", "mixed"]),
     )
     return recipe.with_(**{k: v for k, v in fixed.items() if k != "T"})
 
 
 def _values(plan: Plan, recipe: Recipe, rng: np.random.Generator, bag: Bag, fixed: dict[str, Any]) -> Recipe:
     flags = [o for o in ("poison", "defaults") if bag.pick(o, [True, False])]
+    if plan.cost == "direct" and bag.pick("rows", [True, False]):
+        flags.append("rows")
     drawn = {
         "family": bag.pick("family", [*FAMILIES, "normal"]),
         "layout": bag.pick("layout", ["mixed", "mixed", "pair", "tile", "many", "left", "middle", "empty"]),
@@ -227,7 +321,7 @@ def _extend_windows(plan: Plan, size: str, rng: np.random.Generator) -> list[int
         "medium": [-1, 0, 1, w, 11, 16, 17, 40, None],
         "tile": [*beside(plan.tiles.get("window") or (16, 32, 64), 1, 70), None],
         "wide": [-1, 0, 2, w, None],
-        "long": [3, 511, 1029, 1030] if plan.cost != "interpreted" else [3, 130],
+        "long": [3, 511, 1029, 1030, None] if plan.cost != "interpreted" else [3, 130],
     }[size]
 
 

@@ -16,10 +16,12 @@ class Recipe:
 
     op: operation, `.vjp` included. dtype: the storage dtype. B, T, Hkv, G, D, Dv: sizes, Hq = G Hkv.
     window, feature_map, scale, eps: attributes (scale None is left out of the call).
-    options: the optional tensors that are present, plus "poison": NaN, inf and huge numbers in everything inert, and
-        "defaults": attributes equal to their default are left out of the call.
+    options: the optional tensors that are present, and "poison": NaN, inf and huge numbers in everything inert;
+        "defaults": attributes equal to their default are left out of the call; "far": caches that have seen thousands
+        of tokens, positions as large; "rows": a rotary table without a spare row.
     family: how values are drawn. layout: how segments lie. fill: how full caches are. slots: W where window is None.
-    weights: dtype of the "weight" class, "float32" or "storage". seed: of the values.
+    weights: dtype of the "weight" class, "float32", "storage" or "mixed" (tables float32, the rest storage).
+    seed: of the values.
     extra: what else the property needs to know, such as how a sequence is split.
     """
 
@@ -69,9 +71,9 @@ class Recipe:
     def signature(self) -> tuple[Any, ...]:
         """What a compiled program depends on; recipes that share it share the program."""
         values = dataclasses.asdict(self)
-        for name in ("family", "layout", "fill", "seed"):
+        for name in ("family", "layout", "fill", "seed", "extra"):
             del values[name]
-        values["options"] = tuple(o for o in self.options if o not in ("poison", "defaults"))
+        values["options"] = tuple(o for o in self.options if o not in ("poison", "defaults", "rows"))
         return tuple(values.items())
 
     def describe(self) -> str:

@@ -91,6 +91,17 @@ def _trend(rng: np.random.Generator, shape: tuple[int, ...], role: str) -> np.nd
     return x
 
 
+def _huge(rng: np.random.Generator, shape: tuple[int, ...], role: str) -> np.ndarray:
+    """Values whose sums overflow float16 long before the normalised output does."""
+    return rng.standard_normal(shape) * (900.0 if role == "v" else 1.0)
+
+
+def _zeros(rng: np.random.Generator, shape: tuple[int, ...], role: str) -> np.ndarray:
+    """Some tokens all zero: ties, empty rows, the corner of relu."""
+    x = rng.standard_normal(shape)
+    return x * (rng.random(shape[:2]) < 0.6)[..., None, None] if len(shape) == 4 else x
+
+
 FAMILIES: dict[str, Family] = {
     "normal": _normal,
     "offset": _offset,
@@ -103,6 +114,8 @@ FAMILIES: dict[str, Family] = {
     "integers": _integers,
     "needle": _needle,
     "trend": _trend,
+    "huge": _huge,
+    "zeros": _zeros,
 }
 
 ROLES = {

@@ -18,6 +18,7 @@ from rattention.jax.xla.tokens import Tokens, of_extend, of_forward, table_rows
 from rattention.spec import Call
 
 Arrays = dict[str, Any]
+LINEAR = ("q_scale", "k_scale", "memory")
 
 
 def run(call: Call, tensors: Arrays, precision: object = None) -> Arrays:
@@ -44,19 +45,13 @@ def program(op: str, window: int | None, feature_map: str, precision: Any, tenso
     """The traced body of every operation but rope_table, which needs no device."""
     if op == "feature_map":
         x = tensors["x"]
-        return {"out": parts.phi(_wide(x), feature_map).astype(x.dtype)}
+        return {"out": parts.phi(parts.wide(x), feature_map).astype(x.dtype)}
     if op == "rms_mix":
-        wide = {k: _wide(t) for k, t in tensors.items()}
+        wide = {k: parts.wide(t) for k, t in tensors.items()}
         return {"out": parts.mix(**wide, eps=numbers["eps"]).astype(tensors["swa"].dtype)}
     if op == "rattention_extend":
         return _extend(window, feature_map, precision, tensors, numbers)
     return _forward(op, window, feature_map, precision, tensors, numbers)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    """float32, or float64 for float64. Widening once, before both branches, also makes gradients of shared heads and
-    of both branches add up in float32 before their one rounding (GRAD-3)."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _forward(op: str, window: int | None, feature_map: str, precision: Any, given: Arrays, numbers: Arrays) -> Arrays:
@@ -64,13 +59,11 @@ def _forward(op: str, window: int | None, feature_map: str, precision: Any, give
     if window is not None and window >= max(tokens, 1):
         window = None  # every token stays inside every window
     where = of_forward(tokens, max(window or 0, 0), given.get("segment_ids"))
-    if "positions" in given:
-        where = where._replace(positions=given["positions"])
-    q, k, v = (_alive(_wide(given[name]), where.live) for name in "qkv")
+    q, k, v = (_alive(given[name], where.live) for name in "qkv")
     out, state = _attend(
         op, window, feature_map, precision, where, q, k, v, given.get("initial_state"), given, numbers
     )  # fmt: skip
-    outputs = {"out": out.astype(given["q"].dtype)}
+    outputs = {"out": out}
     if op != "sliding_window_attention":
         outputs["final_state"] = state
     return outputs
@@ -80,14 +73,14 @@ def _extend(window: int | None, feature_map: str, precision: Any, given: Arrays,
     slots, tokens = given["cache_k"].shape[1], given["q"].shape[1]
     where = of_extend(slots, tokens, given["cache_length"], given.get("lengths"))
     stored = {name: _alive(jnp.concatenate([given[f"cache_{name}"], given[name]], axis=1), where.live) for name in "kv"}
-    q = _alive(_wide(given["q"]), where.live, slots)
-    k, v = _wide(stored["k"]), _wide(stored["v"])
+    q = _alive(given["q"], where.live, slots)
     out, state = _attend(
-        "rattention", window, feature_map, precision, where, q, k, v, given["cache_state"], given, numbers
-    )
+        "rattention", window, feature_map, precision, where, q, stored["k"], stored["v"], given["cache_state"], given,
+        numbers,
+    )  # fmt: skip
     cache = {f"cache_{name}": _newest(stored[name], slots, tokens, window, given.get("lengths")) for name in "kv"}
     return {
-        "out": out.astype(given["q"].dtype),
+        "out": out,
         **cache,
         "cache_state": state,
         "cache_length": given["cache_length"] + given.get("lengths", tokens),
@@ -113,13 +106,14 @@ def _attend(
     batch, tokens, heads, dim = q.shape
     kv_heads, features = keys.shape[2], dim if feature_map == "identity" else 2 * dim
     wants_linear = op != "sliding_window_attention"
+    wide_type = jnp.promote_types(q.dtype, jnp.float32)
     if wants_linear and state is None:
-        folded = jnp.zeros((batch, kv_heads, features, values.shape[3]), q.dtype)
+        folded = jnp.zeros((batch, kv_heads, features, values.shape[3]), wide_type)
     else:
         folded = state
     if tokens == 0 or (not wants_linear and window == -1):  # SWA-5
         return jnp.zeros((batch, tokens, heads, values.shape[3]), q.dtype), folded
-    size = chunk_size(tokens, window)
+    size = chunk_size(tokens)
     plan = Plan(
         prefix=where.prefix,
         chunk=size,
@@ -133,60 +127,48 @@ def _attend(
         feature_map=feature_map,
         precision=precision,
     )
-    chunked: Arrays = {}
-    windowed: Arrays = {"v": _key_layout(values, plan, tokens)}
-    params: Arrays = {}
-    if plan.softmax:
-        rotated_q, rotated_k = q, keys
-        if "rope_cos" in given:
-            table = [table_rows(_wide(given[n]), where.positions, where.live) for n in ("rope_cos", "rope_sin")]
-            rotated_q = parts.rotate(q, *(t[:, -tokens:] for t in table))
-            rotated_k = parts.rotate(keys, *table)
-        chunked["qs"] = _query_layout(rotated_q * jnp.asarray(numbers["scale"], q.dtype), plan, kv_heads)
-        windowed["ks"] = _key_layout(rotated_k, plan, tokens)
-    if wants_linear:
-        scaled = {n: 1 if f"{n}_scale" not in given else _wide(given[f"{n}_scale"]) for n in "qk"}
-        chunked["qf"] = _query_layout(q * scaled["q"], plan, kv_heads)
-        if plan.linear:
-            leaving = _key_layout(keys * scaled["k"], plan, tokens)[:, :, : plan.chunks * plan.chunk]
-            leaving = leaving.reshape(batch, kv_heads, plan.chunks, plan.chunk, dim)
-            chunked["kf"] = jnp.moveaxis(leaving, 2, 0)
-        if "memory" in given:
-            params["memory"] = given["memory"].reshape(kv_heads, -1, features, values.shape[3])
-    if plan.mix:
-        for name in ("swa_weight", "rla_weight"):
-            params[name] = _wide(given[name]).reshape(kv_heads, heads // kv_heads, 1, -1)
+    total = plan.chunks * plan.chunk
+    rows = _chunks(plan, _pad_tokens(q, 0, total - tokens))
+    # From here on the prefix is there, also in a forward, and tokens fill whole chunks.
+    left, right = plan.prefix + tokens - keys.shape[1], total - tokens
+    windowed = {"k": _pad_tokens(keys, left, right), "v": _pad_tokens(values, left, right)}
+    used = (("swa_weight", "rla_weight") if plan.mix else ()) + (LINEAR if wants_linear else ())
+    params = {name: given[name] for name in used if name in given}
+    fixed = _fixed(plan, where, numbers)
+    if plan.softmax and "rope_cos" in given:
+        table = table_rows(parts.wide(given["rope_cos"]), parts.wide(given["rope_sin"]), where, given.get("positions"))
+        fixed["windowed"]["rope_k"] = table = _pad_tokens(table, left, right)
+        fixed["steps"]["rope_q"] = _chunks(plan, table[:, plan.prefix :])
     carried = folded if plan.linear or state is not None else None
-    out, after = run_chunks(
-        plan, carried if wants_linear else None, chunked, windowed, params, _ints(plan, where, numbers)
-    )
-    out = jnp.moveaxis(out, 0, 3)  # [B, Hkv, G, chunks, C, Dv]
-    out = out.reshape(batch, heads, plan.chunks * plan.chunk, values.shape[3])[:, :, :tokens]
-    out = jnp.swapaxes(out, 1, 2)
+    out, after = run_chunks(plan, carried if wants_linear else None, rows, windowed, params, fixed)
+    out = jnp.swapaxes(out, 0, 1).reshape(batch, total, heads, values.shape[3])[:, :tokens]
     if where.segments is not None and not plan.linear and folded is not None:
         folded = jnp.where((where.segments.first == where.segments.last)[:, None, None, None], folded, 0)
     return _alive(out, where.live, -tokens), after if plan.linear else folded
 
 
-def _ints(plan: Plan, where: Tokens, numbers: Arrays) -> Arrays:
-    """The integer side of the scan, see `run_chunk`."""
-    index = jnp.arange(plan.chunks * plan.chunk, dtype=jnp.int32).reshape(plan.chunks, 1, plan.chunk)
+def _fixed(plan: Plan, where: Tokens, numbers: Arrays) -> dict[str, Arrays]:
+    """What the scan reads and does not differentiate, see `run_chunk`."""
+    total = plan.chunks * plan.chunk
+    index = jnp.arange(total, dtype=jnp.int32).reshape(plan.chunks, 1, plan.chunk)
     steps: Arrays = {"fold": index < where.end[None, :, None]}
-    whole: Arrays = {"eps": numbers["eps"], "start": where.start}
+    windowed: Arrays = {}
     if where.segments is not None:
         order, first, last = where.segments
-        total = plan.chunks * plan.chunk
-        padded = jnp.pad(order, ((0, 0), (0, plan.prefix + total - order.shape[1])))
-        new = padded[:, plan.prefix :].reshape(order.shape[0], plan.chunks, plan.chunk)
-        steps["order_q"] = jnp.swapaxes(new, 0, 1)
-        whole["order_k"] = padded
+        windowed["order_k"] = padded = jnp.pad(order, ((0, 0), (0, plan.prefix + total - order.shape[1])))
+        steps["order_q"] = _chunks(plan, padded[:, plan.prefix :])
         # The state at a border belongs to the segment of the last token before it; one that nothing is folded into
         # stays that of the first segment.
         border = padded[:, plan.chunk - 1 : total - 1 : plan.chunk] if plan.linear else padded[:, : plan.chunks - 1] * 0
         border = jnp.maximum(border, first[:, None]).T
         steps["before"] = jnp.concatenate([first[None], border])
         steps["after"] = jnp.concatenate([border, last[None]])
-    return {"steps": steps, "whole": whole}
+    return {"steps": steps, "windowed": windowed, "whole": numbers | {"start": where.start}}
+
+
+def _chunks(plan: Plan, x: jax.Array) -> jax.Array:
+    """`[B, chunks * C, ...]` to `[chunks, B, C, ...]`."""
+    return jnp.swapaxes(x.reshape(x.shape[0], plan.chunks, plan.chunk, *x.shape[2:]), 0, 1)
 
 
 def _alive(x: jax.Array, live: jax.Array | None, at: int = 0) -> jax.Array:
@@ -197,18 +179,3 @@ def _alive(x: jax.Array, live: jax.Array | None, at: int = 0) -> jax.Array:
 
 def _pad_tokens(x: jax.Array, left: int, right: int) -> jax.Array:
     return x if not left and not right else jnp.pad(x, ((0, 0), (left, right), (0, 0), (0, 0)))
-
-
-def _key_layout(x: jax.Array, plan: Plan, tokens: int) -> jax.Array:
-    """`[B, N, Hkv, d]`, the last `tokens` of N new, to `[B, Hkv, prefix + chunks * C, d]`."""
-    left = plan.prefix - (x.shape[1] - tokens)
-    right = plan.chunks * plan.chunk - tokens
-    return jnp.swapaxes(_pad_tokens(x, left, right), 1, 2)
-
-
-def _query_layout(x: jax.Array, plan: Plan, kv_heads: int) -> jax.Array:
-    """`[B, T, Hq, D]` to `[chunks, B, Hkv, G, C, D]`."""
-    batch, tokens, heads, dim = x.shape
-    x = _pad_tokens(x, 0, plan.chunks * plan.chunk - tokens)
-    x = x.reshape(batch, plan.chunks, plan.chunk, kv_heads, heads // kv_heads, dim)
-    return x.transpose(1, 0, 3, 4, 2, 5)

@@ -6,21 +6,20 @@ import jax
 import jax.numpy as jnp
 
 
+def wide(x: jax.Array) -> jax.Array:
+    """float32, or float64 for float64. Widening an input once, before both branches read it, also makes gradients of
+    shared heads and of both branches add up in float32 before their one rounding (GRAD-3)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def phi(x: jax.Array, feature_map: str) -> jax.Array:
     """phi(x) over the last axis: `[..., D]` to `[..., F]` (FM-1 .. FM-3)."""
-    if feature_map == "softmax":
-        return jax.nn.softmax(_both_signs(x), axis=-1).reshape(*x.shape[:-1], 2 * x.shape[-1])
-    if feature_map == "relu":
-        both = _both_signs(x)
-        return jnp.where(both <= 0, 0, both).reshape(
-            *x.shape[:-1], 2 * x.shape[-1]
-        )  # NaN is not <= 0: it passes (NUM-5)
-    return x
-
-
-def _both_signs(x: jax.Array) -> jax.Array:
-    """`[..., D]` to `[..., 2, D]`: x and -x, so that both halves of phi are one operation."""
-    return jnp.stack([x, -x], axis=-2)
+    if feature_map == "identity":
+        return x
+    both = jnp.stack([x, -x], axis=-2)  # [..., 2, D]: both halves of phi are one operation
+    # relu: NaN is not <= 0, so it passes (NUM-5), and the derivative at 0 is 0 (FM-6).
+    both = jax.nn.softmax(both, axis=-1) if feature_map == "softmax" else jnp.where(both <= 0, 0, both)
+    return both.reshape(*x.shape[:-1], 2 * x.shape[-1])
 
 
 @jax.custom_jvp
@@ -51,9 +50,8 @@ def mix(swa: jax.Array, rla: jax.Array, swa_weight: jax.Array, rla_weight: jax.A
     return swa_weight * rms_normalise(swa, eps) + rla_weight * rms_normalise(rla, eps)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate `x [B, T, H, D]` by the rows `cos`, `sin` `[B or 1, T, D/2]` of its tokens (ROPE-3)."""
+def rotate(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rotate `x [..., D]` by the cosines and sines `rows [..., 2, D/2]` of its tokens (ROPE-3)."""
     pairs = x.reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
-    cos, sin = cos[:, :, None, None], sin[:, :, None, None]
     turned = jnp.concatenate([-pairs[..., 1:, :], pairs[..., :1, :]], axis=-2)
-    return (pairs * cos + turned * sin).reshape(x.shape)
+    return (pairs * rows[..., :1, :] + turned * rows[..., 1:, :]).reshape(x.shape)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 from jax import lax
 
-CHUNKS = (64, 128)
-"""Queries per chunk, for short and for long windows."""
+CHUNK = 64
+"""Queries per chunk. Larger ones mask more of their work; at 64 tokens a group's rows already fill a matrix product."""
 
 
 class Plan(NamedTuple):
@@ -33,15 +33,19 @@ class Plan(NamedTuple):
     precision: lax.Precision
 
     @property
+    def width(self) -> int:
+        """Keys that one chunk sees: those of its window, or without a softmax branch the chunk that leaves it."""
+        return self.span if self.softmax else self.chunk
+
+    @property
     def span(self) -> int:
         """Keys that one chunk of queries looks at in the softmax branch."""
         return self.prefix + (self.chunk * self.chunks if self.full else self.chunk)
 
 
-def chunk_size(tokens: int, window: int | None) -> int:
-    """Queries per chunk: a single chunk for short calls, else a size near the window, where little work is masked."""
-    size = CHUNKS[0] if window is not None and window < 128 else CHUNKS[1]
-    return max(tokens, 1) if tokens <= size + size // 2 else size
+def chunk_size(tokens: int) -> int:
+    """One chunk for a short call, whose program then has no loop; else `CHUNK`."""
+    return tokens if tokens <= CHUNK + CHUNK // 2 else CHUNK
 
 
 def default_precision(storage: str) -> lax.Precision:

@@ -5,7 +5,7 @@ All of it is small integer work `[B or 1, tokens]`, done once per call, outside 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,9 +105,16 @@ def running_max(x: jax.Array, block: int = 64) -> jax.Array:
     return inner.reshape(rows, count * block)[:, :length]
 
 
-def table_rows(table: Any, positions: jax.Array, live: jax.Array | None) -> jax.Array:
-    """Rows `[B or 1, N, D/2]` of a rotary table; those of inert tokens are 0 whatever the table holds."""
+def table_rows(cos: jax.Array, sin: jax.Array, where: Tokens, given: jax.Array | None) -> jax.Array:
+    """Cosines and sines of each token, `[B or 1, N, 2, D/2]`; 0 for inert tokens whatever the table holds.
+
+    `given` are explicit positions `[B, N]`.
+    """
+    table = jnp.stack([cos, sin], axis=1)
+    tokens = where.positions.shape[1]
     if table.shape[0] == 0:  # then no token is real
-        return jnp.zeros((*positions.shape, table.shape[1]), table.dtype)
-    rows = jnp.take(table, positions, axis=0, mode="clip")
-    return rows if live is None else jnp.where(live[..., None], rows, 0)
+        return jnp.zeros((1, tokens, *table.shape[1:]), table.dtype)
+    if given is None and where.live is None:
+        return table[None, :tokens]
+    rows = jnp.take(table, where.positions if given is None else given, axis=0, mode="clip")
+    return rows if where.live is None else jnp.where(where.live[:, :, None, None], rows, 0)

@@ -24,12 +24,9 @@ def band_chunk(group: int, keys: int) -> int:
     return chunk
 
 
-def scan_chunk(group: int, features: int) -> int:
-    """Tokens per chunk of the linear branch.
-
-    A chunk of C tokens costs C products with keys and F with the state per row, so C near F/2 balances the two.
-    """
-    return 64 if features <= 128 or group >= 4 else 128
+def scan_chunk(group: int) -> int:
+    """Tokens per chunk of the linear branch: enough rows, and no more keys per row than the state costs anyway."""
+    return 64 if group >= 2 else 128
 
 
 def heads_at_once(heads: int, elements: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from rattention.torch.eager.scan import Groups
 from torch import Tensor
 
 
@@ -41,3 +42,17 @@ def documents(ids: Tensor) -> Documents:
     first = ids.gather(1, live.long().argmax(1, keepdim=True))
     alive = torch.where(latest < 0, first, ids.gather(1, latest.clamp(min=0)))
     return Documents(ids, live, torch.where(live, t - start, 0), end - t, torch.cat((first, alive), 1))
+
+
+def lagging(docs: Documents | None, T: int, window: int | None) -> tuple[int, Groups | None]:
+    """How many keys, from the first, the linear branch reads at all, and who reads which.
+
+    The keys are shifted by the window: key j is read by queries behind j + w of its document. The last w tokens of a
+    document stay out of its state (RLA-6), and no query of the document reads them.
+    """
+    w = T if window is None else max(window, 0)
+    J = max(T - w, 0)
+    if docs is None:
+        return J, None
+    owners = torch.where(docs.live & (docs.left > w), docs.ids, -1)[:, :J]
+    return J, Groups(docs.ids, owners, docs.alive[:, : J + 1])

@@ -1,8 +1,4 @@
-"""Between the public layout `[B, T, H, D]` and the flat heads `[N, T, ...]`, N = B * Hkv, of the eager kernels.
-
-Query head h reads key/value head h // G (SWA-4, RLA-8): the G heads of a group lie side by side, so splitting the head
-axis into `[Hkv, G]` is a view.
-"""
+"""Dtypes and layouts between the public functions and the eager kernels."""
 
 from __future__ import annotations
 
@@ -15,30 +11,9 @@ def compute_dtype(storage: torch.dtype) -> torch.dtype:
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
-def query_heads(x: Tensor, kv_heads: int) -> Tensor:
-    """`[B, T, Hq, D]` -> `[N, T, G, D]`."""
-    B, T, Hq, D = x.shape
-    G = Hq // kv_heads
-    return x.reshape(B, T, kv_heads, G, D).transpose(1, 2).reshape(B * kv_heads, T, G, D)
-
-
-def key_heads(x: Tensor) -> Tensor:
-    """`[B, J, Hkv, D]` -> `[N, J, D]`."""
-    B, J, Hkv, D = x.shape
-    return x.transpose(1, 2).reshape(B * Hkv, J, D)
-
-
-def public(x: Tensor, kv_heads: int) -> Tensor:
-    """`[N, T, G, D]` -> `[B, T, Hq, D]`, a view where it can be."""
-    N, T, G, D = x.shape
-    B = N // kv_heads
-    return x.reshape(B, kv_heads, T, G, D).transpose(1, 2).reshape(B, T, kv_heads * G, D)
-
-
-def per_head(x: Tensor, kv_heads: int) -> Tensor:
-    """`[B, J]` -> `[N, J]`: what holds for a row holds for each of its heads."""
-    B, J = x.shape
-    return x[:, None].expand(B, kv_heads, J).reshape(B * kv_heads, J)
+def by_heads(x: Tensor) -> Tensor:
+    """`[B, J, H, D]` -> `[B, H, J, D]`, contiguous: what a tile takes is then one block of memory per head."""
+    return x.transpose(1, 2).contiguous()
 
 
 def keep(live: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The elementwise parts: feature maps, rotary embedding, RMS norms and their mix. Plain PyTorch, any dtype."""
+"""The maps of single tokens: feature maps and rotary embedding. Plain PyTorch, any dtype."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ def phi(x: Tensor, feature_map: str) -> Tensor:
     return x
 
 
+def features(head_dim: int, feature_map: str) -> int:
+    """F for D."""
+    return head_dim if feature_map == "identity" else 2 * head_dim
+
+
+def phi_backward(x: Tensor, out: Tensor, d_out: Tensor, feature_map: str) -> Tensor:
+    """Gradient of `x [..., D]`, given `out = phi(x)` and its cotangent `[..., F]`. That of relu at 0 is 0 (FM-6)."""
+    if feature_map == "identity":
+        return d_out
+    D = x.shape[-1]
+    one, two = d_out[..., :D], d_out[..., D:]
+    if feature_map == "relu":
+        return torch.where(x > 0, one, torch.where(x < 0, -two, 0))
+    backward = torch.ops.aten._softmax_backward_data
+    plus = backward(one.contiguous(), out[..., :D].contiguous(), -1, x.dtype)
+    return plus.sub_(backward(two.contiguous(), out[..., D:].contiguous(), -1, x.dtype))
+
+
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2j/D), `[M, D/2]` float32, computed in float64 (ROPE-1, ROPE-2)."""
     j = torch.arange(head_dim // 2, dtype=torch.float64, device=positions.device)
@@ -22,33 +40,26 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor
     return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
 
 
-def table_rows(cos: Tensor, sin: Tensor, positions: Tensor | None, T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of the table for each token, `[B or 1, T, 1, D/2]`. Without `positions`, token t takes row t.
+def table_rows(
+    cos: Tensor, sin: Tensor, positions: Tensor | None, B: int, T: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows of the table for each token, `[B, T, D/2]`. Without `positions`, token t takes row t.
 
     Callers bring positions of inert tokens into the table; a table without rows serves when no token is live.
     """
     if positions is None:
-        return cos[None, :T, None].to(dtype), sin[None, :T, None].to(dtype)
+        shape = (B, T, cos.shape[1])
+        return cos[:T].to(dtype).expand(shape), sin[:T].to(dtype).expand(shape)
     if cos.shape[0] == 0:
         cos, sin = cos.new_ones(1, cos.shape[1]), sin.new_zeros(1, sin.shape[1])
     index = positions.long()
-    return cos[index][:, :, None].to(dtype), sin[index][:, :, None].to(dtype)
+    return cos[index].to(dtype), sin[index].to(dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
     """Rotate the half-split pairs (j, j + D/2) of `x [B, T, H, D]` by increasing angle (ROPE-3)."""
     if table is None:
         return x
-    cos, sin = table
+    cos, sin = (x[:, :, None] for x in table)
     one, two = x.chunk(2, -1)
     return torch.cat((one * cos - two * sin, two * cos + one * sin), -1)
-
-
-def rms(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis (MIX-2). A row of zeros stays zero with finite gradients (MIX-3)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-
-
-def mix(swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weight: Tensor, eps: float) -> Tensor:
-    """swa_weight * rms(swa) + rla_weight * rms(rla) over `[..., Hq, Dv]` (MIX-1)."""
-    return swa_weight * rms(swa, eps) + rla_weight * rms(rla, eps)

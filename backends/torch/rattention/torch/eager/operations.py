@@ -7,18 +7,16 @@ rounded once, at the end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
-from rattention.torch.eager.band import band_attention
-from rattention.torch.eager.documents import Documents, documents
-from rattention.torch.eager.layout import compute_dtype, keep, key_heads, per_head, public, query_heads
-from rattention.torch.eager.maps import mix, phi, rotary_table, rotate, table_rows
-from rattention.torch.eager.scan import Groups, linear_scan
+from rattention.torch.eager.branches import Linear, Pair, Softmax, both_branches, linear_branch, softmax_branch
+from rattention.torch.eager.documents import Documents, documents, lagging
+from rattention.torch.eager.layout import compute_dtype, keep
+from rattention.torch.eager.maps import phi, rotary_table, table_rows
+from rattention.torch.eager.mix import mix
+from rattention.torch.eager.scan import Groups
 from torch import Tensor
-
-Table = tuple[Tensor, Tensor] | None
 
 
 def feature_map(x: Tensor, *, feature_map: str, reduced: bool = False) -> tuple[Tensor]:
@@ -45,7 +43,7 @@ def sliding_window_attention(
 ) -> tuple[Tensor]:
     docs, (qf, kf, vf) = _open(segment_ids, q, k, v)
     table = _table(rope_cos, rope_sin, positions, docs, qf)
-    out = _softmax_branch(qf, kf, vf, table, table, _groups(docs), window, scale, reduced)
+    out = softmax_branch(qf, kf, vf, Softmax(table, table, _groups(docs), window, scale), reduced)
     return (_close(docs, out, q.dtype),)
 
 
@@ -64,9 +62,10 @@ def residual_linear_attention(
     reduced: bool = False,
 ) -> tuple[Tensor, Tensor]:
     docs, (qf, kf, vf) = _open(segment_ids, q, k, v)
-    phi_q, phi_k = _features(qf, q_scale, feature_map), _features(kf, k_scale, feature_map)
-    out, state = _linear_branch(phi_q, phi_k, vf, memory, initial_state, docs, window, reduced)
-    return _close(docs, out, q.dtype), state
+    keys, groups = lagging(docs, q.shape[1], window)
+    linear = Linear(q_scale, k_scale, memory, initial_state, keys, groups, window == -1, feature_map)
+    out, state = linear_branch(qf, kf, vf, linear, reduced)
+    return _close(docs, out, q.dtype), _last(docs, state, keys)
 
 
 def rms_mix(
@@ -98,13 +97,12 @@ def rattention(
     reduced: bool = False,
 ) -> tuple[Tensor, Tensor]:
     docs, (qf, kf, vf) = _open(segment_ids, q, k, v)
-    dtype = qf.dtype
     table = _table(rope_cos, rope_sin, positions, docs, qf)
-    swa = _softmax_branch(qf, kf, vf, table, table, _groups(docs), window, scale, reduced)
-    phi_q, phi_k = _features(qf, q_scale, feature_map), _features(kf, k_scale, feature_map)
-    rla, state = _linear_branch(phi_q, phi_k, vf, memory, initial_state, docs, window, reduced)
-    out = mix(swa, rla, swa_weight.to(dtype), rla_weight.to(dtype), eps)
-    return _close(docs, out, q.dtype), state
+    keys, groups = lagging(docs, q.shape[1], window)
+    softmax = Softmax(table, table, _groups(docs), window, scale)
+    linear = Linear(q_scale, k_scale, memory, initial_state, keys, groups, window == -1, feature_map)
+    out, state = both_branches(qf, kf, vf, swa_weight, rla_weight, softmax, linear, eps, reduced)
+    return _close(docs, out, q.dtype), _last(docs, state, keys)
 
 
 def rattention_extend(
@@ -145,21 +143,18 @@ def rattention_extend(
     if rope_cos is not None and rope_sin is not None:
         rows = cache_length[:, None] + (slots - W)
         rows = torch.where(live, rows, 0).clamp(max=max(rope_cos.shape[0] - 1, 0))
-        cos, sin = table_rows(rope_cos, rope_sin, rows, W + T, dtype)
+        cos, sin = table_rows(rope_cos, rope_sin, rows, rows.shape[0], W + T, dtype)
         q_table, k_table = (cos[:, W:], sin[:, W:]), (cos, sin)
-    groups = (live[:, W:], live)
-    swa = _softmax_branch(qf, kf, vf, q_table, k_table, groups, window, scale, reduced)
-
-    phi_q = _features(qf, q_scale, feature_map)
-    if window is None:
-        no_k = _features(kf[:, :0], None, feature_map)
-        rla, state = _scan(phi_q, no_k, vf[:, :0], memory, cache_state, None, False, reduced)
-    else:
-        # The slots that new tokens push out of the cache: exactly those that a state can take in now (EXT-5).
-        leaves = slots[:T] < new[:, None]
-        phi_k = keep(leaves, _features(kf[:, :T], k_scale, feature_map))
-        rla, state = _scan(phi_q, phi_k, vf[:, :T], memory, cache_state, None, window < 0, reduced)
-    out = mix(swa, rla, swa_weight.to(dtype), rla_weight.to(dtype), eps)
+    # The first T slots are those that new tokens push out of the cache, so the window is the shift between key j and
+    # query j (EXT-5). A row with fewer new tokens than T pushes out fewer.
+    owners = None
+    if lengths is not None and window is not None:
+        one = torch.ones_like(lengths)[:, None]
+        owners = Groups(one.expand(-1, T), torch.where(slots[:T] < new[:, None], one, -1), one.expand(-1, T + 1))
+    pushed = 0 if window is None else T
+    softmax = Softmax(q_table, k_table, (live[:, W:], live), window, scale)
+    linear = Linear(q_scale, k_scale, memory, cache_state, pushed, owners, window == -1, feature_map)
+    out, state = both_branches(qf, kf, vf, swa_weight, rla_weight, softmax, linear, eps, reduced)
     if lengths is not None:
         out = keep(live[:, W:], out)
     kept = W if window is not None else W + T
@@ -195,99 +190,24 @@ def _close(docs: Documents | None, out: Tensor, storage: torch.dtype) -> Tensor:
     return (out if docs is None else keep(docs.live, out)).to(storage)
 
 
-def _table(
-    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, docs: Documents | None, q: Tensor
-) -> Table:
+def _table(cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, docs: Documents | None, q: Tensor) -> Pair:
     if cos is None or sin is None:
         return None
     if docs is not None:
         positions = docs.index if positions is None else torch.where(docs.live, positions, 0)
-    return table_rows(cos, sin, positions, q.shape[1], q.dtype)
+    return table_rows(cos, sin, positions, q.shape[0], q.shape[1], q.dtype)
 
 
-def _groups(docs: Documents | None) -> tuple[Tensor, Tensor] | None:
+def _groups(docs: Documents | None) -> Pair:
     return None if docs is None else (docs.ids, docs.ids)
 
 
-def _features(x: Tensor, scale: Tensor | None, feature_map: str) -> Tensor:
-    return phi(x if scale is None else x * scale.to(x.dtype), feature_map)
-
-
-def _softmax_branch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_table: Table,
-    k_table: Table,
-    groups: tuple[Tensor, Tensor] | None,
-    window: int | None,
-    scale: float | None,
-    reduced: bool,
-) -> Tensor:
-    """`[B, T, Hq, Dv]` in the compute dtype. `k` and `v` may have keys before the first query."""
-    Hkv = k.shape[2]
-    factor = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    window = k.shape[1] if window is None else min(window, k.shape[1])
-    rows = query_heads(rotate(q, q_table) * factor, Hkv)
-    group_q, group_k = (None, None) if groups is None else (per_head(g, Hkv) for g in groups)
-    out = band_attention(rows, key_heads(rotate(k, k_table)), key_heads(v), group_q, group_k, window, reduced)
-    return public(out, Hkv)
-
-
-def _linear_branch(
-    phi_q: Tensor,
-    phi_k: Tensor,
-    v: Tensor,
-    memory: Tensor | None,
-    state: Tensor | None,
-    docs: Documents | None,
-    window: int | None,
-    reduced: bool,
-) -> tuple[Tensor, Tensor]:
-    """`[B, T, Hq, Dv]` and the final state `[B, Hkv, F, Dv]`, both in the compute dtype."""
-    T, Hkv = phi_q.shape[1], v.shape[2]
-    w = T if window is None else max(window, 0)
-    J = max(T - w, 0)  # keys that some query, or the final state, reads
-    keys, values = phi_k[:, :J], v[:, :J]
+def _last(docs: Documents | None, state: Tensor, J: int) -> Tensor:
+    """The state of the last document (SEG-7). One with no key among the first J has not started: zeros."""
     if docs is None:
-        return _scan(phi_q, keys, values, memory, state, None, window == -1, reduced)
-    # RLA-6 within each document: its last w tokens stay out of the state. No query of the document reads them.
-    keys = keep(docs.live[:, :J] & (docs.left[:, :J] > w), keys)
-    groups = Groups(*(per_head(x, Hkv) for x in (docs.ids, docs.ids[:, :J], docs.alive[:, : J + 1])))
-    out, final = _scan(phi_q, keys, values, memory, state, groups, window == -1, reduced)
-    # A last document shorter than the window has no key among the first J: its state never started.
-    started = docs.alive[:, J] == docs.alive[:, T]
-    return out, torch.where(started[:, None, None, None], final, 0)
-
-
-def _scan(
-    phi_q: Tensor,
-    phi_k: Tensor,
-    v: Tensor,
-    memory: Tensor | None,
-    state: Tensor | None,
-    groups: Groups | None,
-    inclusive: bool,
-    reduced: bool,
-) -> tuple[Tensor, Tensor]:
-    B, F = phi_q.shape[0], phi_q.shape[3]
-    Hkv, Dv = v.shape[2:]
-    flat = v.new_zeros(B * Hkv, F, Dv) if state is None else state.to(v.dtype).reshape(B * Hkv, F, Dv)
-    rows = query_heads(phi_q, Hkv)
-    out, final = linear_scan(rows, key_heads(phi_k), key_heads(v), flat, groups, inclusive, reduced)
-    out = public(out, Hkv)
-    if memory is not None:
-        out = out + _recall(phi_q, memory.to(v.dtype), reduced)
-    return out, final.view(B, Hkv, F, Dv)
-
-
-def _recall(phi_q: Tensor, memory: Tensor, reduced: bool) -> Tensor:
-    """phi(q) M_h: a scan over no keys, with one flat head per query head and the whole batch as its queries."""
-    B, T, Hq, F = phi_q.shape
-    rows = phi_q.permute(2, 0, 1, 3).reshape(Hq, B * T, 1, F)
-    none = rows.new_empty(Hq, 0, F), rows.new_empty(Hq, 0, memory.shape[2])
-    out, _ = linear_scan(rows, *none, memory, None, False, reduced)
-    return out.view(Hq, B, T, memory.shape[2]).permute(1, 2, 0, 3)
+        return state
+    started = docs.alive[:, J] == docs.alive[:, -1]
+    return torch.where(started[:, None, None, None], state, 0)
 
 
 def _newest(x: Tensor, lengths: Tensor | None, T: int, count: int) -> Tensor:

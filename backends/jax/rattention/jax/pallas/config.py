@@ -1,0 +1,58 @@
+"""Tile sizes of the kernels, with defaults found by search over the compiled schedule (benchmarks/tpu_schedule.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+GENERATIONS = ("v4", "v5e", "v5p", "v6e")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel cuts its work. Every field may change speed and memory, none the result beyond rounding.
+
+    Attributes:
+        chunk: C, tokens per chunk: the rows of a key tile and the columns of a query tile.
+        blocks: m, chunks per grid step. Training saves one state per step and rebuilds the m - 1 between on chip.
+        heads: query heads side by side in one matrix product of the forward.
+        lag: stages by which consecutive head tasks of the forward are staggered, see `schedule.interleave`.
+        backward_heads, backward_lag: the same two for the backward.
+        tiles: key tiles inside the window beyond which the softmax runs online, in a loop over groups of that many.
+        vmem: bytes of on-chip memory that a kernel may ask for; None is the compiler's own limit.
+    """
+
+    chunk: int = 128
+    blocks: int = 4
+    heads: int = 1
+    lag: int = 1
+    backward_heads: int = 1
+    backward_lag: int = 1
+    tiles: int = 8
+    vmem: int | None = 64 * 2**20
+
+
+INTERPRETED = Config(chunk=32, blocks=1, heads=8, backward_heads=8, tiles=4)
+"""For the interpreter, where a grid step costs much and its size little."""
+
+_DEFAULTS: dict[tuple[str, int], Config] = {}
+
+
+def default(generation: str, head_dim: int) -> Config:
+    """The configuration for a TPU generation (one of `GENERATIONS`) and the larger of D and Dv after padding."""
+    return _DEFAULTS.get((generation, head_dim), Config())
+
+
+def of_device(kind: str, call: Any) -> Config:
+    """The default for a device kind as JAX names it, such as "TPU v5 lite"."""
+    dim = max(64, -(-max(call.dims["D"], call.dims["Dv"]) // 64) * 64)
+    return default(generation(kind), dim)
+
+
+def generation(kind: str) -> str:
+    """The TPU generation of a device kind; an unknown one is served as v5p."""
+    kind = kind.lower()
+    for names, found in ((("v6",), "v6e"), (("v5 lite", "v5e", "v5litepod"), "v5e"), (("v4",), "v4")):
+        if any(name in kind for name in names):
+            return found
+    return "v5p"

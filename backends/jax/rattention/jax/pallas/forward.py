@@ -1,0 +1,451 @@
+"""The fused forward: one pass over keys and values, both branches, norms and mix.
+
+Grid (batch, kv heads, steps of m chunks); the last axis runs in order. Per step:
+
+    1. shift the window of tiles by m, append the m new tiles of K (rotated, and as stored where that differs) and V^T
+    2. per chunk: phi of the tile that is about to leave the window; the state as the chunk reads it; fold the tile
+    3. per chunk and query head (staggered, see parts.interleave):
+         s^T = K q^T for R + 1 tiles           o1^T = V^T p^T        p = softmax over keys, in one piece
+         A^T = phi(K) phi(q)^T on border tiles o2^T = S^T phi(q)^T + V^T A^T
+         out = swa_weight o1 / rms(o1) + rla_weight o2 / rms(o2), transposed back and stored
+    4. last step: fold what is left of the sequence into the final state
+
+With w + 1 a multiple of C the oldest tile and the chunk's own hold complementary triangles of the window: their scores
+share one tile, and exponentials are taken of exactly w + 1 keys per query. Other windows mask each cut tile.
+
+Main memory: q and out once, k and v once per kv head, the state never (training: once per step, for the backward).
+Long windows (more than `config.tiles` inner tiles) run the softmax online, in a loop over groups of tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from rattention.jax.pallas.parts import (
+    F32,
+    LOG2E,
+    below,
+    beside,
+    columns,
+    dot,
+    interleave,
+    linear_mask,
+    loop_groups,
+    phi,
+    read_once,
+    rotate,
+    shift,
+    softmax_mask,
+)
+from rattention.jax.pallas.plan import Plan
+
+
+def body(p: Plan, ref: SimpleNamespace) -> None:
+    """The kernel. `ref` holds the references by name, see `calls.forward`."""
+    step = pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _start() -> None:
+        start(p, ref)
+
+    for head in range(p.together):
+        load(p, ref, head, step)
+        if hasattr(ref, "states"):
+            ref.states[0, head, 0] = ref.state[head]
+    compute = functools.partial(_compute, p, ref, step)
+    if p.prefix:
+        pl.when(step >= p.prefix)(compute)
+    else:
+        compute()
+    if p.final:
+        pl.when(step == p.steps - 1)(functools.partial(finish, p, ref))
+
+
+def start(p: Plan, ref: SimpleNamespace) -> None:
+    """Before the first step of a (batch row, kv heads): state, empty window, gains as columns."""
+    for head in range(p.together):
+        if p.state or p.final:
+            ref.state[head] = jnp.transpose(ref.initial[0, head]) if p.initial else jnp.zeros(ref.state.shape[1:], F32)
+        if p.R:
+            # Tiles before the sequence meet zero weights: they must not hold NaN.
+            for window in (ref.k_tiles, ref.v_tiles) + ((ref.raw_tiles,) if hasattr(ref, "raw_tiles") else ()):
+                for i in range(p.m, p.R + p.m):
+                    window[head, i] = jnp.zeros(window.shape[2:], window.dtype)
+    if p.R and p.segments:
+        ref.id_tiles[...] = jnp.zeros(ref.id_tiles.shape, jnp.int32)
+    if p.mode == "mix":
+        gains(p, ref)
+    if p.q_scale:
+        ref.q_column[...] = jnp.transpose(jnp.broadcast_to(ref.q_scale[...], (p.C, p.key_dim)))
+    if p.k_scale:
+        ref.k_column[...] = jnp.transpose(jnp.broadcast_to(ref.k_scale[...], (p.C, p.key_dim)))
+    if p.memory and p.linear:
+        for h in range(p.together * p.G):
+            ref.memory_t[h] = jnp.transpose(ref.memory[h]).astype(ref.memory_t.dtype)
+
+
+def gains(p: Plan, ref: SimpleNamespace) -> None:
+    """The rows of both weights as [Dv, C] columns, one pair per query head."""
+    for h in range(p.together * p.G):
+        at = slice(h * p.value_dim, (h + 1) * p.value_dim)
+        for gain, row in ((ref.swa_gain, ref.swa_weight), (ref.rla_gain, ref.rla_weight)):
+            gain[h] = jnp.transpose(jnp.broadcast_to(row[:, at], (p.C, p.value_dim)))
+
+
+def load(p: Plan, ref: SimpleNamespace, head: int, step: Any) -> None:
+    """Append the m new tiles of one kv head to the window."""
+    windows = [ref.k_tiles, ref.v_tiles] + ([ref.raw_tiles] if hasattr(ref, "raw_tiles") else [])
+    if p.R:
+        for window in windows:
+            shift(p, window, head, True, p.R)
+    if p.segments and head == 0:
+        if p.R:
+            shift(p, ref.id_tiles, 0, True, p.R)
+        for n in range(p.m):
+            row = ref.ids[0, :, n * p.C : (n + 1) * p.C]
+            ref.id_tiles[0, p.R + n] = jnp.broadcast_to(row, ref.id_tiles.shape[2:])
+    for n in range(p.m):
+        rows = slice(n * p.C, (n + 1) * p.C)
+        raw = inert_to_zero(p, ref, ref.k[0, rows, head * p.key_dim : (head + 1) * p.key_dim], n, step)
+        value = inert_to_zero(p, ref, ref.v[0, rows, head * p.value_dim : (head + 1) * p.value_dim], n, step)
+        key = raw
+        if p.rope:
+            # Rows of the table behind the end hold anything, so the inert are zeroed again.
+            key = rotate(raw.astype(F32), ref.rope[0, rows]).astype(raw.dtype)
+            key = inert_to_zero(p, ref, key, n, step)
+            if hasattr(ref, "raw_tiles"):
+                ref.raw_tiles[head, p.R + n] = raw
+        ref.k_tiles[head, p.R + n] = key
+        ref.v_tiles[head, p.R + n] = jnp.transpose(value)
+
+
+def inert_to_zero(p: Plan, ref: SimpleNamespace, x: Any, n: int, step: Any) -> Any:
+    """Zero the rows of x [C, channels] that are padding or lie past the end: whatever they hold meets weight 0."""
+    if p.segments:
+        live = columns(p, ref.ids[0, :, n * p.C : (n + 1) * p.C])[:, :1] != 0
+        return jnp.where(live, x, jnp.zeros_like(x))
+    if p.ragged:
+        row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        return jnp.where(row < p.keys - step * p.step - n * p.C, x, jnp.zeros_like(x))
+    return x
+
+
+# ------------------------------------------------------------------------------------------------ per chunk
+
+
+def raw_keys(p: Plan, ref: SimpleNamespace, head: int, tile: Any) -> Any:
+    """A tile of unrotated keys (ROPE-5)."""
+    return (ref.raw_tiles if p.rope else ref.k_tiles)[head, tile]
+
+
+def key_features(p: Plan, ref: SimpleNamespace, head: int, tile: Any) -> tuple[Any, Any, Any]:
+    """phi(k) of a tile, transposed: its input [D, C] float32, its halves, and both as one [F, C] of storage dtype."""
+    raw = raw_keys(p, ref, head, tile)
+    x = jnp.transpose(raw).astype(F32)
+    if p.k_scale:
+        x = x * ref.k_column[...]
+    halves = phi(p, x)
+    return x, halves, below([h.astype(raw.dtype) for h in halves])
+
+
+def fold_values(p: Plan, ref: SimpleNamespace, head: int, tile: int, chunk: Any) -> Any:
+    """V^T [Dv, C] of the tile that leaves the window after `chunk`, without what must not enter the state."""
+    value = ref.v_tiles[head, tile]
+    if not (p.segments or (p.final and p.ragged)):
+        return value
+    enters = lax.broadcasted_iota(jnp.int32, (1, p.C), 1) + (chunk - p.R) * p.C < ref.limits[0, 0, 0]
+    if p.segments:
+        enters &= ref.id_tiles[0, tile, :1] == ref.owners[0, 0, chunk + 1]
+    return jnp.where(enters, value, jnp.zeros_like(value))
+
+
+def prepare(p: Plan, ref: SimpleNamespace, n: int, head: int, chunk: Any) -> None:
+    """The state as chunk n reads it, phi of its border tiles, and the fold of the tile that leaves."""
+    if p.state:
+        ref.read_state[head, n] = ref.state[head].astype(ref.read_state.dtype)
+    for i, r in enumerate(p.linear_tiles):
+        features = key_features(p, ref, head, n + r)[2]
+        ref.features[head, n, i] = jnp.transpose(features)
+    if p.folds:
+        # Linear tiles start with the oldest, r = 0, which is the one that leaves.
+        added = dot(p, fold_values(p, ref, head, n, chunk), ref.features[head, n, 0])
+        ref.state[head] = keep(p, ref, ref.state[head], chunk) + added
+
+
+def keep(p: Plan, ref: SimpleNamespace, state: Any, chunk: Any) -> Any:
+    """The state after `chunk`, before its fold: nothing of another segment stays (SEG-2)."""
+    if not p.segments:
+        return state
+    return jnp.where(ref.owners[0, 0, chunk + 1] == ref.owners[0, 0, chunk], state, jnp.zeros_like(state))
+
+
+def _compute(p: Plan, ref: SimpleNamespace, step: Any) -> None:
+    ref = read_once(p, ref)
+
+    def tasks() -> Iterator[Iterator[None]]:
+        for n in range(p.m):
+            for head in range(p.together):
+                for first in range(0, p.G, p.heads):
+                    yield task(p, ref, step, n, head, first)
+
+    interleave(tasks(), p.config.lag)
+
+
+def task(p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, first: int) -> Iterator[None]:
+    """The queries of chunk n for `p.heads` query heads of one kv head; yields between stages."""
+    chunk = step * p.m + n
+    if first == 0 and p.linear:
+        prepare(p, ref, n, head, chunk)
+        yield
+    N = p.heads
+    heads = [head * p.G + first + i for i in range(N)]
+    rows = slice(n * p.C, (n + 1) * p.C)
+    stored = [inert_queries(p, ref, ref.q[0, rows, h * p.key_dim : (h + 1) * p.key_dim], n) for h in heads]
+    o1 = o2 = squares = None
+    if p.softmax:
+        scores = Scores(p, ref, step, n, head, N, scaled_queries(p, ref, stored, rows))
+        yield from scores.first()
+    if p.linear:
+        features = query_features(p, ref, stored)[2]
+        yield
+    if p.softmax:
+        yield from scores.values()
+        o1, squares = scores.output, scores.total
+    if p.linear:
+        o2 = linear_output(p, ref, n, head, first, chunk, features)
+        yield
+    store(p, ref, n, heads, rows, o1, o2, squares, scores.top if p.softmax else None)
+    yield
+
+
+def inert_queries(p: Plan, ref: SimpleNamespace, x: Any, n: int) -> Any:
+    """Zero the queries of padding, so that their output is a number and its selection away is exact (SEG-4)."""
+    return inert_to_zero(p, ref, x, n, None) if p.segments else x
+
+
+def folded(p: Plan) -> bool:
+    """The factor on the scores sits in the queries, where that costs no rounding beyond the one they have anyway."""
+    return p.rope or p.dtype == "float32"
+
+
+def scaled_queries(p: Plan, ref: SimpleNamespace, stored: list[Any], rows: slice) -> Any:
+    """Queries [N*C, D] as the scores read them: rotated, times scale * log2(e) where `folded`."""
+    if not folded(p):
+        return below(stored)
+    out = []
+    for x in stored:
+        y = rotate(x.astype(F32), ref.rope[0, rows]) if p.rope else x
+        out.append((y * (ref.numbers[0, 0, 0] * LOG2E)).astype(x.dtype))
+    return below(out)
+
+
+def query_features(p: Plan, ref: SimpleNamespace, stored: list[Any]) -> tuple[Any, Any, Any]:
+    """phi(q), transposed: its input [D, N*C], its halves, and both as one [F, N*C] of storage dtype."""
+    x = beside([jnp.transpose(y) for y in stored]).astype(F32)
+    if p.q_scale:
+        x = x * beside([ref.q_column[...]] * len(stored))
+    halves = phi(p, x)
+    return x, halves, below([h.astype(stored[0].dtype) for h in halves])
+
+
+class Scores:
+    """Scores of one task against the window, and the softmax over it. Logits are in base 2."""
+
+    def __init__(self, p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, heads: int, queries: Any):
+        self.p, self.ref, self.step, self.n, self.head, self.N = p, ref, step, n, head, heads
+        self.queries = queries
+        self.chunk = step * p.m + n
+
+    def score(self, r: Any) -> Any:
+        """Logits [C, N*C] of tile r, -inf where a key is not of the query's segment or lies before the sequence."""
+        p, ref = self.p, self.ref
+        s = dot(p, ref.k_tiles[self.head, self.n + r], self.queries, (1, 1))
+        if not folded(p):
+            s = s * (ref.numbers[0, 0, 0] * LOG2E)
+        if p.segments:
+            key = columns(p, ref.id_tiles[0, self.n + r, :1])
+            query = jnp.broadcast_to(ref.id_tiles[0, self.n + p.R, :1], (p.C, p.C))
+            return jnp.where(beside([key == query] * self.N), s, -jnp.inf)
+        if isinstance(r, int) and r == p.R:
+            return s
+        return s + jnp.where(self.chunk + r < p.R, -jnp.inf, 0.0)
+
+    def tiles(self) -> list[tuple[Any, Any]]:
+        """(tile, masked logits) of the tiles outside the loop; the pair of `Plan.paired` is one entry, tile None."""
+        p = self.p
+        found: list[tuple[Any, Any]] = []
+        if p.paired:
+            found.append((None, jnp.where(self.newest(), self.score(p.R), self.score(0))))
+        else:
+            for r in p.softmax_tiles:
+                found.append((r, jnp.where(softmax_mask(p, r, self.N), self.score(r), -jnp.inf)))
+        return found
+
+    def newest(self) -> Any:
+        """Where a paired tile belongs to the chunk's own keys rather than the oldest tile's."""
+        return softmax_mask(self.p, self.p.R, self.N)
+
+    def first(self) -> Iterator[None]:
+        """Scores of the tiles outside the loop, and their maximum."""
+        p = self.p
+        self.held = self.tiles()
+        yield
+        self.held += [(r, self.score(r)) for r in p.unrolled]
+        top = functools.reduce(jnp.maximum, [s for _, s in self.held])
+        self.top = jnp.max(top, axis=0, keepdims=True)
+        yield
+
+    def weigh(self, r: Any, weight: Any) -> Any:
+        """V^T p^T of one entry of `held`."""
+        p, ref, dtype = self.p, self.ref, self.queries.dtype
+        if r is not None:
+            return dot(p, ref.v_tiles[self.head, self.n + r], weight.astype(dtype))
+        new, n = self.newest(), self.n
+        oldest = dot(p, ref.v_tiles[self.head, n], jnp.where(new, 0.0, weight).astype(dtype))
+        return oldest + dot(p, ref.v_tiles[self.head, n + p.R], jnp.where(new, weight, 0.0).astype(dtype))
+
+    def values(self) -> Iterator[None]:
+        """The unnormalised output [Dv, N*C] and the sum of weights [1, N*C]."""
+        total: Any = None
+        output: Any = None
+        for i, (r, s) in enumerate(self.held):
+            weight = jnp.exp2(s - self.top)
+            total = weight if total is None else total + weight
+            part = self.weigh(r, weight)
+            output = part if output is None else output + part
+            if i == 0:
+                yield
+        self.total, self.output = jnp.sum(total, axis=0, keepdims=True), output
+        if self.p.loop[1]:
+            self.online()
+        yield
+
+    def online(self) -> None:
+        """The looped tiles, rescaling what was summed whenever the maximum grows."""
+        p, ref = self.p, self.ref
+
+        def group(r: Any, carry: Any) -> Any:
+            top, total, output = carry
+            scores = [self.score(r + i) for i in range(p.config.tiles)]
+            new = jnp.maximum(top, jnp.max(functools.reduce(jnp.maximum, scores), axis=0, keepdims=True))
+            weights = [jnp.exp2(s - new) for s in scores]
+            shrink = jnp.exp2(top - new)
+            added = jnp.sum(functools.reduce(jnp.add, weights), axis=0, keepdims=True)
+            values = [ref.v_tiles[self.head, self.n + r + i] for i in range(p.config.tiles)]
+            parts = [dot(p, v, w.astype(self.queries.dtype)) for v, w in zip(values, weights, strict=True)]
+            return new, total * shrink + added, output * shrink + functools.reduce(jnp.add, parts)
+
+        carry = (self.top, self.total, self.output)
+        self.top, self.total, self.output = loop_groups(p, p.R - self.chunk, carry, group)
+
+
+def linear_output(p: Plan, ref: SimpleNamespace, n: int, head: int, first: int, chunk: Any, features: Any) -> Any:
+    """o2^T [Dv, N*C]: the state, the memory, and the border tiles."""
+    parts = []
+    if p.state:
+        read = dot(p, ref.read_state[head, n], features)
+        if p.segments:
+            read = jnp.where(beside([owned(p, ref, n, chunk)] * p.heads), read, 0.0)
+        parts.append(read)
+    if p.memory:
+        parts.append(
+            beside(
+                [
+                    dot(p, ref.memory_t[head * p.G + first + i], features[:, i * p.C : (i + 1) * p.C])
+                    for i in range(p.heads)
+                ]
+            )
+        )
+    for i, r in enumerate(p.linear_tiles):
+        weight = linear_weights(p, ref, n, head, i, r, features, p.heads)
+        parts.append(dot(p, ref.v_tiles[head, n + r], weight.astype(features.dtype)))
+    return functools.reduce(jnp.add, parts)
+
+
+def owned(p: Plan, ref: SimpleNamespace, n: int, chunk: Any) -> Any:
+    """Which queries [1, C] of chunk n belong to the segment of the state."""
+    return ref.id_tiles[0, n + p.R, :1] == ref.owners[0, 0, chunk]
+
+
+def linear_weights(p: Plan, ref: SimpleNamespace, n: int, head: int, i: int, r: int, features: Any, heads: int) -> Any:
+    """A^T [C, heads*C]: phi(k) phi(q)^T of border tile r where the linear branch reads it, else 0."""
+    weight = dot(p, ref.features[head, n, i], features)
+    return mask_linear(p, ref, n, r, weight, heads)
+
+
+def mask_linear(p: Plan, ref: SimpleNamespace, n: int, r: int, x: Any, heads: int) -> Any:
+    x = jnp.where(linear_mask(p, r, heads), x, 0.0)
+    if p.segments:
+        key = columns(p, ref.id_tiles[0, n + r, :1])
+        query = jnp.broadcast_to(ref.id_tiles[0, n + p.R, :1], (p.C, p.C))
+        x = jnp.where(beside([key == query] * heads), x, 0.0)
+    return x
+
+
+def store(
+    p: Plan, ref: SimpleNamespace, n: int, heads: list[int], rows: slice, o1: Any, o2: Any, total: Any, top: Any
+) -> None:
+    """Norms, mix, transpose, store; for training also the statistics of the rows."""
+    eps = ref.numbers[0, 0, 1]
+    r1 = r2 = None
+    if p.mode == "mix":
+        if o1 is not None:
+            # rms(o1 / total) without the division.
+            r1 = lax.rsqrt(jnp.sum(o1 * o1, axis=0, keepdims=True) * (1 / p.true_value_dim) + eps * total * total)
+            o1 = o1 * r1
+        if o2 is not None:
+            r2 = lax.rsqrt(jnp.sum(o2 * o2, axis=0, keepdims=True) * (1 / p.true_value_dim) + eps)
+            o2 = o2 * r2
+    elif o1 is not None:
+        o1 = o1 * (1.0 / total)
+    statistics = []
+    if hasattr(ref, "statistics"):
+        if top is not None:
+            statistics.append(top + jnp.log2(total))
+        if r1 is not None:
+            statistics.append(r1 * total)
+        if r2 is not None:
+            statistics.append(r2)
+    for i, h in enumerate(heads):
+        at = slice(i * p.C, (i + 1) * p.C)
+        parts = []
+        if o1 is not None:
+            parts.append(o1[:, at] * ref.swa_gain[h] if p.mode == "mix" else o1[:, at])
+        if o2 is not None:
+            parts.append(o2[:, at] * ref.rla_gain[h] if p.mode == "mix" else o2[:, at])
+        out = functools.reduce(jnp.add, parts) if parts else jnp.zeros((p.value_dim, p.C), F32)
+        if p.segments:
+            out = jnp.where(ref.id_tiles[0, n + p.R, :1] != 0, out, 0.0)
+        ref.out[0, rows, h * p.value_dim : (h + 1) * p.value_dim] = jnp.transpose(out.astype(ref.out.dtype))
+        for j, x in enumerate(statistics):
+            ref.statistics[0, 0, pl.ds(j * p.together * p.G + h, 1), rows] = x[:, at]
+
+
+def finish(p: Plan, ref: SimpleNamespace) -> None:
+    """Fold the tokens i < T - max(w, 0) that are still in the window into the final state (RLA-6, SEG-7)."""
+    last = p.steps * p.m - 1
+    for head in range(p.together):
+
+        def fold(r: Any, state: Any, head: int = head) -> Any:
+            tile = p.m - 1 + r
+            value = ref.v_tiles[head, tile]
+            at = lax.broadcasted_iota(jnp.int32, (1, p.C), 1) + (last - p.R + r) * p.C
+            enters = at < ref.limits[0, 0, 0]
+            if p.segments:
+                enters &= ref.id_tiles[0, tile, :1] == ref.owners[0, 0, last + p.R + 1]
+            value = jnp.where(enters, value, jnp.zeros_like(value))
+            return state + dot(p, value, jnp.transpose(key_features(p, ref, head, tile)[2]))
+
+        state = ref.state[head]
+        if p.segments:
+            # The state stands at chunk last + 1; what it holds belongs to the last segment or is dropped.
+            same = ref.owners[0, 0, last + 1 if p.folds else 0] == ref.owners[0, 0, last + p.R + 1]
+            state = jnp.where(same, state, jnp.zeros_like(state))
+        state = lax.fori_loop(1 if p.folds else 0, p.R + 1, fold, state)
+        ref.final_state[0, head] = jnp.transpose(state)

@@ -1,0 +1,131 @@
+"""The command line: exit codes, replay, reports, seeds."""
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rattention.conformance import vectors
+from rattention.conformance.cli import app
+from rattention.conformance.properties import REGISTRY, make_case
+from rattention.conformance.runner import Settings, plan_units
+from rattention.conformance.strategies import make_plan
+from rattention.spec import load
+from typer.testing import CliRunner
+
+PORTS = Path(__file__).with_name("faulty_ports.py")
+
+
+def call(*arguments: str):
+    """Exit code and output of one command."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+def test_a_broken_backend_exits_1_and_its_replay_too(tmp_path):
+    report = tmp_path / "report"
+    arguments = ("conform", f"{PORTS}:zero", "--profile", "smoke", "--select", "rms_mix", "--seed", "3")
+    code, output = call(*arguments, "--report", report)
+    assert code == 1
+    assert "NOT CONFORMING" in output
+    assert "MIX-1" in output
+    line = next(line for line in output.splitlines() if line.startswith("rattention replay"))
+    _, _, file, backend = line.split()
+    code, output = call("replay", file, backend)
+    assert code == 1
+    assert "FAIL" in output
+    assert call("replay", file, "numpy")[0] == 0
+    assert call("vectors", "check", file, f"{PORTS}:zero")[0] == 1
+    _check_files(report)
+
+
+def _check_files(report: Path) -> None:
+    data = json.loads((report / "report.json").read_text())
+    assert {"backend", "conforming", "clauses", "cases", "budget"} <= set(data)
+    assert data["conforming"] is False
+    assert data["clauses"]["MIX-1"]["status"] == "FAIL"
+    assert set(data["clauses"]) == set(load().clauses)
+    root = ET.parse(report / "junit.xml").getroot()
+    assert any(True for _ in root.iter("failure"))
+    page = (report / "report.html").read_text()
+    assert "MIX-1" in page
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert not list(report.glob(".*"))
+
+
+def test_an_honest_backend_exits_0(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output = call("conform", "numpy", "--profile", "smoke", "--select", "ROPE", "--seed", "1")
+    assert code == 0, output
+    assert "CONFORMING" in output
+    assert not (tmp_path / "rattention-failures").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("raise RuntimeError('no device')", 2), ("backend = 3", 2), ("import a_module_that_is_not_there", 2), ("", 2)],
+)
+def test_what_does_not_load_exits_2_with_one_line(tmp_path, text, code):
+    file = tmp_path / "port.py"
+    file.write_text(text)
+    found, output = call("conform", f"{file}:backend", "--profile", "smoke")
+    assert found == code
+    lines = [line for line in output.splitlines() if line.startswith("rattention:")]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("arguments", [("conform", "no-such-backend"), ("conform", "numpy", "--select", "XYZ-9")])
+def test_a_wrong_argument_exits_2(arguments):
+    assert call(*arguments)[0] == 2
+
+
+def test_ops_lists_operations_and_clauses():
+    code, output = call("ops")
+    assert code == 0
+    for name in ("rattention_extend", "SWA-1", "WIRE-3"):
+        assert name in output
+
+
+def test_vectors_export_then_check(tmp_path, monkeypatch):
+    plan = make_plan("smoke", 0, {"name": "export"})
+    few = [r for r in REGISTRY["agreement"].draw(plan) if r.op == "feature_map"][:4]
+    monkeypatch.setitem(REGISTRY, "agreement", _with_draw(few))
+    assert call("vectors", "export", tmp_path / "set")[0] == 0
+    code, output = call("vectors", "check", tmp_path / "set", "numpy")
+    assert code == 0
+    assert "4 of 4 cases conform" in output
+
+
+def _with_draw(recipes):
+    import dataclasses
+
+    return dataclasses.replace(REGISTRY["agreement"], draw=lambda plan: iter(recipes))
+
+
+def test_the_same_seed_gives_the_same_cases_and_another_seed_others():
+    def cases(seed: int) -> list[bytes]:
+        plan = make_plan("smoke", seed, {"name": "x"})
+        made = [make_case(REGISTRY[u.property_name], plan, u.recipe) for u in plan_units(plan, Settings("smoke", seed))]
+        return [vectors.case_bytes(c) for c in made if c is not None]
+
+    one, again, other = cases(5), cases(5), cases(6)
+    assert one == again
+    assert one != other
+
+
+def test_replay_judges_exactly_what_was_stored(tmp_path):
+    """Expected values one budget away are right, two budgets away are wrong: the file decides, not a new draw."""
+    plan = make_plan("smoke", 0, {"name": "x"})
+    recipe = next(r for r in REGISTRY["agreement"].draw(plan) if r.op == "feature_map" and r.feature_map == "softmax")
+    case = make_case(REGISTRY["agreement"], plan, recipe)
+    assert case is not None
+    from rattention.numpy.budget import evaluate
+
+    value, budget = evaluate(case.op, case.tensors, case.attrs)["out"]
+    for factor, code in ((0.0, 0), (3.0, 1)):
+        case.expected, case.budget = {"out": value + factor * budget}, {"out": np.maximum(budget, 1e-30)}
+        vectors.save_case(tmp_path / "case.safetensors", case)
+        assert call("replay", tmp_path / "case.safetensors", "numpy")[0] == code
