@@ -142,7 +142,7 @@ def test_only_the_state_asked_for():
 
 @pytest.mark.parametrize("window", [WINDOW, 0, -1])
 def test_the_ring_decodes_as_the_canonical_cache(window):
-    """EXT-1: a moving head in place gives what the functional form gives, past three windows, rows of different ages."""
+    """EXT-1: a moving head in place gives what the functional form gives, past three windows, rows of unlike ages."""
     attributes = {**ATTRIBUTES, "window": window}
     W = max(window, 0)
     g = torch.Generator().manual_seed(3)

@@ -105,8 +105,7 @@ def read_state(fq, reads, state, acc, D: tl.constexpr, DB: tl.constexpr, ND: tl.
     """acc + phi(q) state for the rows in `reads`; the state is [F, Dv]."""
     for j in tl.static_range(NF):
         h = load_state(state, j % ND, j // ND, D, DB, ND, DV, DVP)
-        f = tl.where(reads[:, None], up(fq[j]), 0.0)
-        acc = dot(f, h, acc, WIDE, PRECISION)
+        acc = dot(tl.where(reads[:, None], fq[j], 0.0), h, acc, WIDE, PRECISION)
     return acc
 
 

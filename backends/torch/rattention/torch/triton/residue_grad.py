@@ -14,9 +14,9 @@ query tile are (token, head) pairs as in the forward: the sum over the G query h
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.attention import key_rows, read_state
+from rattention.torch.triton.attention import key_rows
 from rattention.torch.triton.features import phi_as, phi_grad, scaled
-from rattention.torch.triton.query_grad import column_sums, state_grad
+from rattention.torch.triton.query_grad import column_sums
 from rattention.torch.triton.tiles import (
     NOWHERE,
     add_weighted,
@@ -24,6 +24,7 @@ from rattention.torch.triton.tiles import (
     dot_rows,
     load_blocks,
     load_blocks_again,
+    load_state,
     load_values,
     long,
     operand,
@@ -43,6 +44,20 @@ def query_rows(t, g, hi, G, start, b, Tk, HAS_SEGMENTS: tl.constexpr):
         s = tl.load(start + b * Tk + t, mask=live, other=NOWHERE)
         live = live & (s <= t)
     return s, live
+
+
+@triton.jit
+def through_state(fk, v, feeds, state, acc_v, df, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr,
+                  NF: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, WIDE: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """acc_v + phi(k) E and d phi(k) + v E^T for the keys in `feeds`, each tile of E [F, Dv] read once."""
+    masked = operand(tl.where(feeds[:, None], up(v), 0.0), WIDE)
+    out = ()
+    for j in tl.static_range(NF):
+        e = operand(load_state(state, j % ND, j // ND, D, DB, ND, DV, DVP), WIDE)
+        acc_v = dot(tl.where(feeds[:, None], fk[j], 0.0), e, acc_v, WIDE, PRECISION)
+        out = out + (dot(masked, tl.trans(e), df[j], WIDE, PRECISION),)
+    return acc_v, out
 
 
 @triton.jit(do_not_specialize=["w", "row_fold_end"])
@@ -89,8 +104,7 @@ def residue_grad(
         if HAS_SEGMENTS:
             feeds = feeds & (n >= tl.load(start + b * Tk + tl.minimum((c + 1) * N, Tk) - 1))
         e_at = grads + ((b * Hkv + h) * chunks + tl.minimum(c + 1, chunks - 1)) * (F * DV)
-        acc_v = read_state(fk, feeds, e_at, acc_v, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
-        df = state_grad(vw, feeds, e_at, df, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
+        acc_v, df = through_state(fk, vt, feeds, e_at, acc_v, df, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
     if HAS_D_FINAL:
         end = row_fold_end
         opening = 0
@@ -101,8 +115,7 @@ def residue_grad(
         if (i0 < end) & (i0 + BN > opening):
             feeds = real & (n >= opening) & (n < end)
             f_at = d_final + (b * Hkv + h) * (F * DV)
-            acc_v = read_state(fk, feeds, f_at, acc_v, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
-            df = state_grad(vw, feeds, f_at, df, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
+            acc_v, df = through_state(fk, vt, feeds, f_at, acc_v, df, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
 
     rows = tl.arange(0, R)
     token = rows // HP
