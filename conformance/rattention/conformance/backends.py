@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+from rattention.spec import Unsupported
+
 GROUP = "rattention.backends"
 BUILT_IN = {
     "numpy": "rattention.numpy.adapter:backend",
@@ -94,15 +98,43 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
 
 
 def runnable(names: list[str] | None = None) -> tuple[list[str], dict[str, str]]:
-    """Registered backends that load here, and for each of the others the reason why not."""
+    """Registered backends that this machine can run, and for each of the others the reason why not.
+
+    A backend that loads but lacks its device says so with Unsupported on the smallest call.
+    """
     good, bad = [], {}
     for name in names or registered():
         try:
-            describe(resolve(name), name)
+            backend = resolve(name)
+            about = describe(backend, name)
+            _probe(backend, about, name)
             good.append(name)
         except CannotRun as reason:
             bad[name] = str(reason)
     return good, bad
+
+
+def _probe(backend: Any, about: Mapping[str, Any], name: str) -> None:
+    """Raise CannotRun where one tiny call of a declared operation is refused for want of something."""
+    dtypes = about.get("dtypes") or ("float32",)
+    calls: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+        "sliding_window_attention": (("q", "k", "v"), {"window": 1}),
+        "rattention": (("q", "k", "v", "swa_weight", "rla_weight"), {"window": 1}),
+    }
+    op = next((op for op in calls if op in (about.get("operations") or ())), None)
+    if op is None:
+        return
+    names, attrs = calls[op]
+    storage = np.dtype(getattr(ml_dtypes, dtypes[0], dtypes[0]))
+    tensors = {
+        n: np.ones((1, 2, 1, 4) if len(n) == 1 else (1, 4), storage if len(n) == 1 else np.float32) for n in names
+    }
+    try:
+        backend.run(op, tensors, attrs)
+    except Unsupported as refusal:
+        raise CannotRun(f"{name}: {refusal}") from None
+    except Exception:
+        return  # a fault, which the suite reports in full
 
 
 def _from_file(path: Path) -> Any:

@@ -40,6 +40,7 @@ class Adapter:
             "capabilities": list(spec.capabilities),
             "tile_sizes": {"T": [CHUNK], "window": [CHUNK], "D": []},
             "limits": {},
+            "cost": "compiled",
         }
 
     def kernels(self, call: Call) -> list[str]:

@@ -31,7 +31,7 @@ class PallasAdapter(Adapter):
         sizes = sorted({chunk, chunk * self.settings().blocks})
         found = super().describe() | {"operations": operations, "dtypes": list(ops.DTYPES)}
         found["tile_sizes"] = {"T": [decode.LONGEST, *sizes], "window": sizes, "D": [64, 128, 256]}
-        return found | {"kernels": list(calls.KERNELS)}
+        return found | {"kernels": list(calls.KERNELS), "cost": "interpreted" if interpreted() else "compiled"}
 
     def settings(self) -> Any:
         return config.INTERPRETED if interpreted() else config.Config()

@@ -33,6 +33,7 @@ class TritonBackend:
             "tile_sizes": {"T": [16, 32, 64], "window": [32, 64], "D": [16, 32, 64]},
             "limits": {"D": 256, "Dv": 256},
             "kernels": list(KERNELS),
+            "cost": "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled",
         }
 
     def run(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Result:

@@ -348,7 +348,7 @@ class ClaimsAKernel(Port):
         return {**super().describe(), "kernels": ["fused_forward"]}
 
 
-@plant("BCK-4", "lie", "TRAPS 30")
+@plant("BCK-4", "past size", "TRAPS 30")
 class FallsBackOnLongRows(Port):
     """A kernel is claimed and named, except where T is past 64."""
 

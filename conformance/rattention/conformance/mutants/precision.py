@@ -95,29 +95,29 @@ class ScoresInFloat16(Form):
 
 @plant("NUM-1 NUM-3", "one dtype", "TRAPS 22: 16-bit probabilities under a 16-bit sum")
 class OutputSummedInBf16(Form):
-    """In bfloat16 calls the softmax output is accumulated in bfloat16, 8 keys at a time."""
+    """In bfloat16 calls the softmax output is accumulated in bfloat16, 2 keys at a time."""
 
     def near_branch(self):
         out = super().near_branch()
         if self.storage != "bfloat16" or self.backward:
             return out
         total = np.zeros_like(out)
-        for start in range(0, self.p.shape[-1], 8):
-            total = to_bf16(total + self.p[..., start : start + 8] @ self.v[:, :, None, start : start + 8])
+        for start in range(0, self.p.shape[-1], 2):
+            total = to_bf16(total + self.p[..., start : start + 2] @ self.v[:, :, None, start : start + 2])
         return total
 
 
 @plant("NUM-3 RLA-2", "one dtype", "TRAPS 5")
 class LinearSummedInFloat16(Form):
-    """In float16 calls the linear branch is accumulated in float16, 8 keys at a time."""
+    """In float16 calls the linear branch is accumulated in float16, key by key."""
 
     def far_branch(self):
         out = super().far_branch()
         if self.storage != "float16" or self.backward:
             return out
         exact, total = self.a @ self.v[:, :, None], np.zeros_like(out)
-        for start in range(0, self.a.shape[-1], 8):
-            total = to_f16(total + self.a[..., start : start + 8] @ self.v[:, :, None, start : start + 8])
+        for start in range(self.a.shape[-1]):
+            total = to_f16(total + self.a[..., start : start + 1] * self.v[:, :, None, start : start + 1])
         return out - exact + total
 
 

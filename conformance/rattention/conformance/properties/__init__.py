@@ -9,6 +9,7 @@ from rattention.conformance.properties import (
     laws,
     membership,
     numerics,
+    ranges,
     stored,
     symmetry,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "make_case",
     "membership",
     "numerics",
+    "ranges",
     "stored",
     "symmetry",
 ]
