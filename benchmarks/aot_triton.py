@@ -31,7 +31,7 @@ from rattention.torch.triton.ring import Ring, step
 ELEMENTWISE = frozenset({"carry_states", "carry_gradients", "rotate_keys", "combine"})
 """Kernels without a matrix product."""
 
-WARPGROUP = frozenset({"attend", "output_grad", "query_grad", "residue_grad", "key_grad", "local_states"})
+WARPGROUP = frozenset({"attend", "output_grad", "query_grad", "residue_grad", "key_grad"})
 """Kernels that must use wgmma on sm_90."""
 
 
@@ -70,7 +70,7 @@ def launches(kind: str, D: int, dtype: torch.dtype, variants: bool = False) -> I
             backward(plan, empty(3, B, Hq, T), empty(B, T, Hq, D, dtype=dtype), final)
         seen: set[tuple[str, str]] = set()
         for x in found:
-            key = (x.name, str(x.constants.get("MODE", "")))
+            key = (x.name, f"{x.constants.get('MODE')} {x.constants.get('KEYS')}")
             if key not in seen:
                 seen.add(key)
                 yield name, x

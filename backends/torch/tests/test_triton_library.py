@@ -59,9 +59,7 @@ def test_opcheck_attention():
     x = tensors(grad=True)
     ids = torch.tensor([[0] * 3 + [1] * 9 + [2] * 8], dtype=torch.int32, device=DEVICE)
     full = (x["q"], x["k"], x["v"], x["swa_weight"], x["rla_weight"], None, None, None, ids, None, None, None, None)
-    torch.library.opcheck(
-        torch.ops.rattention.attention.default, (*full, WINDOW, None, "softmax", 1e-6, "mix", False)
-    )  # pyright: ignore[reportCallIssue]
+    torch.library.opcheck(torch.ops.rattention.attention.default, (*full, WINDOW, None, "softmax", 1e-6, "mix", False))  # pyright: ignore[reportCallIssue]
 
 
 def test_opcheck_extend():

@@ -133,15 +133,17 @@ def backward(
         partial_dtype = torch.float32 if p.soft else key_dtype
         dk_l, dv_l = empty(*p.k.shape, dtype=partial_dtype), empty(*p.v.shape, dtype=partial_dtype)
         d_k_scale = empty(p.B * p.Hkv * tiles, p.D) if p.k_scale is not None else None
-        launch(
-            residue_grad, tiles * p.Hkv * p.B,
-            p.q, p.k, p.v, start, last, fold_end, p.q_scale, p.k_scale, grads, d_final, dx_l, dk_l, dv_l, d_k_scale,
-            *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3],
-            p.Tq, p.Tk, p.offset, p.w, p.config.chunk, p.chunks, p.Hkv, p.G, p.fold_end,
-            **p.shape, DVP=p.DVP, HP=HP, C=tile.rows // HP, BN=tile.keys, MAP=p.feature_map,
-            HAS_GRADS=grads is not None, HAS_D_FINAL=d_final is not None, HAS_SEGMENTS=p.rows is not None, **scales,
-            WIDE=p.precision["WIDE"], PRECISION=p.precision["WIDE_PRECISION"], warps=tile.warps, stages=tile.stages,
-        )  # fmt: skip
+        for part in ((True, False), (False, True)) if p.config.split_residue else ((True, True),):
+            launch(
+                residue_grad, tiles * p.Hkv * p.B,
+                p.q, p.k, p.v, start, last, fold_end, p.q_scale, p.k_scale, grads, d_final, dx_l, dk_l, dv_l, d_k_scale,
+                *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3],
+                p.Tq, p.Tk, p.offset, p.w, p.config.chunk, p.chunks, p.Hkv, p.G, p.fold_end,
+                **p.shape, DVP=p.DVP, HP=HP, C=tile.rows // HP, BN=tile.keys, MAP=p.feature_map,
+                KEYS=part[0], VALUES=part[1],
+                HAS_GRADS=grads is not None, HAS_D_FINAL=d_final is not None, HAS_SEGMENTS=p.rows is not None, **scales,
+                WIDE=p.precision["WIDE"], PRECISION=p.precision["WIDE_PRECISION"], warps=tile.warps, stages=tile.stages,
+            )  # fmt: skip
     if p.soft:
         tile = p.config.key_grad
         HP = p.heads(tile.rows, False)

@@ -9,7 +9,8 @@
 
 All products are formed with keys as rows, [BN, R], so that A^T and its gradient are operands as they stand. Rows of a
 query tile are (token, head) pairs as in the forward: the sum over the G query heads happens in the accumulators
-(GRAD-3). Traffic per tile: k, v, E_{c+1}, and for each of up to N queries and G heads q and dx_l.
+(GRAD-3). dk and dv share phi(q) alone, so where both do not fit the registers they are two launches, KEYS and VALUES.
+Traffic per tile: k, v, E_{c+1}, and for each of up to N queries and G heads q and dx_l.
 """
 
 import triton
@@ -48,15 +49,19 @@ def query_rows(t, g, hi, G, start, b, Tk, HAS_SEGMENTS: tl.constexpr):
 
 @triton.jit
 def through_state(fk, v, feeds, state, acc_v, df, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr,
-                  NF: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, WIDE: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+                  NF: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+                  WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """acc_v + phi(k) E and d phi(k) + v E^T for the keys in `feeds`, each tile of E [F, Dv] read once."""
     masked = operand(tl.where(feeds[:, None], up(v), 0.0), WIDE)
     out = ()
     for j in tl.static_range(NF):
         e = operand(load_state(state, j % ND, j // ND, D, DB, ND, DV, DVP), WIDE)
-        acc_v = dot(tl.where(feeds[:, None], fk[j], 0.0), e, acc_v, WIDE, PRECISION)
-        out = out + (dot(masked, tl.trans(e), df[j], WIDE, PRECISION),)
+        if VALUES:
+            acc_v = dot(tl.where(feeds[:, None], fk[j], 0.0), e, acc_v, WIDE, PRECISION)
+        d = df[j]
+        if KEYS:
+            d = dot(masked, tl.trans(e), d, WIDE, PRECISION)
+        out = out + (d,)
     return acc_v, out
 
 
@@ -74,7 +79,8 @@ def residue_grad(
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sv_b, sv_t, sv_h,
     Tq, Tk, offset, w, N, chunks, Hkv, G, row_fold_end,
     D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    HP: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, HAS_GRADS: tl.constexpr,
+    HP: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr, HAS_GRADS: tl.constexpr,
     HAS_D_FINAL: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_Q_SCALE: tl.constexpr, HAS_K_SCALE: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +110,7 @@ def residue_grad(
         if HAS_SEGMENTS:
             feeds = feeds & (n >= tl.load(start + b * Tk + tl.minimum((c + 1) * N, Tk) - 1))
         e_at = grads + ((b * Hkv + h) * chunks + tl.minimum(c + 1, chunks - 1)) * (F * DV)
-        acc_v, df = through_state(fk, vt, feeds, e_at, acc_v, df, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
+        acc_v, df = through_state(fk, vt, feeds, e_at, acc_v, df, D, DB, ND, NF, DV, DVP, KEYS, VALUES, WIDE, PRECISION)
     if HAS_D_FINAL:
         end = row_fold_end
         opening = 0
@@ -115,7 +121,9 @@ def residue_grad(
         if (i0 < end) & (i0 + BN > opening):
             feeds = real & (n >= opening) & (n < end)
             f_at = d_final + (b * Hkv + h) * (F * DV)
-            acc_v, df = through_state(fk, vt, feeds, f_at, acc_v, df, D, DB, ND, NF, DV, DVP, WIDE, PRECISION)
+            acc_v, df = through_state(
+                fk, vt, feeds, f_at, acc_v, df, D, DB, ND, NF, DV, DVP, KEYS, VALUES, WIDE, PRECISION
+            )
 
     rows = tl.arange(0, R)
     token = rows // HP
@@ -133,23 +141,27 @@ def residue_grad(
             fq = phi_as(scaled(qt, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
             dl = load_values(l_at + long(at - offset) * (Hq * DV), (token * Hq + g) * DV, live, DV, DVP)
             mask = (n[:, None] < (t - w)[None, :]) & (n[:, None] >= s[None, :]) & live[None, :]
-            a = tl.where(mask, dot_rows(fk, fq, NF, WIDE, PRECISION), 0.0)
-            acc_v = dot(a, dl, acc_v, WIDE, PRECISION)
-            zero = tl.zeros([BN, R], tl.float32)
-            da = tl.where(mask, dot(vw, tl.trans(operand(dl, WIDE)), zero, WIDE, PRECISION), 0.0)
-            df = add_weighted(df, da, fq, NF, WIDE, PRECISION)
+            if VALUES:
+                a = tl.where(mask, dot_rows(fk, fq, NF, WIDE, PRECISION), 0.0)
+                acc_v = dot(a, dl, acc_v, WIDE, PRECISION)
+            if KEYS:
+                zero = tl.zeros([BN, R], tl.float32)
+                da = tl.where(mask, dot(vw, tl.trans(operand(dl, WIDE)), zero, WIDE, PRECISION), 0.0)
+                df = add_weighted(df, da, fq, NF, WIDE, PRECISION)
 
     out = (b * Tk + i0) * Hkv + h
-    store_values(dv + out * DV, keys * (Hkv * DV), inside, tl.where(real[:, None], acc_v, 0.0), DV, DVP)
-    raw = load_blocks_again(k_at, keys * sk_t, real, D, DB, ND)
-    gk = phi_grad(scaled(raw, k_scale, HAS_K_SCALE, D, DB, ND), df, MAP, D, DB, ND)
-    if HAS_K_SCALE:
-        share = ()
+    if VALUES:
+        store_values(dv + out * DV, keys * (Hkv * DV), inside, tl.where(real[:, None], acc_v, 0.0), DV, DVP)
+    if KEYS:
+        raw = load_blocks_again(k_at, keys * sk_t, real, D, DB, ND)
+        gk = phi_grad(scaled(raw, k_scale, HAS_K_SCALE, D, DB, ND), df, MAP, D, DB, ND)
+        if HAS_K_SCALE:
+            share = ()
+            for j in tl.static_range(ND):
+                share = share + (tl.where(real[:, None], gk[j] * up(raw[j]), 0.0),)
+            column_sums(d_scale + ((b * Hkv + h) * tiles + tile) * D, share, D, DB, ND)
+            gk = scaled(gk, k_scale, HAS_K_SCALE, D, DB, ND)
+        final = ()
         for j in tl.static_range(ND):
-            share = share + (tl.where(real[:, None], gk[j] * up(raw[j]), 0.0),)
-        column_sums(d_scale + ((b * Hkv + h) * tiles + tile) * D, share, D, DB, ND)
-        gk = scaled(gk, k_scale, HAS_K_SCALE, D, DB, ND)
-    final = ()
-    for j in tl.static_range(ND):
-        final = final + (tl.where(real[:, None], gk[j], 0.0),)
-    store_blocks(dk + out * D, keys * (Hkv * D), inside, final, D, DB, ND)
+            final = final + (tl.where(real[:, None], gk[j], 0.0),)
+        store_blocks(dk + out * D, keys * (Hkv * D), inside, final, D, DB, ND)
