@@ -318,7 +318,7 @@ def decode(batch: int, clock: Clock, rates: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     x = inputs(1, 16384)
     q, k, v = normal(batch, 1, HQ, D), normal(batch, 1, HKV, D), normal(batch, 1, HKV, D)
-    extra = {n: x[n] for n in ("rope_cos", "rope_sin", "q_scale", "k_scale")}
+    extra: dict[str, Any] = {n: x[n] for n in ("rope_cos", "rope_sin", "q_scale", "k_scale")}
 
     def run() -> None:
         step(ring, q, k, v, x["swa_weight"], x["rla_weight"], window=WINDOW, **extra)
