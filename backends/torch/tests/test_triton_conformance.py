@@ -119,7 +119,7 @@ def test_segments_and_padding(window, vjp):
     """SEG-1 .. SEG-8, GRAD-5: padding holds NaN on either side and between segments."""
     op = "rattention" + vjp
     made = case(op, B=2, window=window, segments=TWO, options=("rope", "initial_state"))
-    judge(op, *made, "key_grad" if vjp else "attend")
+    judge(op, *made, "query_grad" if vjp else "attend")
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_shapes_maps_and_dtypes(D, Dv, Hq, Hkv, feature_map, dtype, vjp):
     op = "rattention" + vjp
     options = ("scales", "initial_state") + (("rope", "positions") if D % 2 == 0 else ())
     made = case(op, T=40, D=D, Dv=Dv, Hq=Hq, Hkv=Hkv, window=5, feature_map=feature_map, dtype=dtype, options=options)
-    judge(op, *made, "key_grad" if vjp else "attend")
+    judge(op, *made, "query_grad" if vjp else "attend")
 
 
 @pytest.mark.parametrize("vjp", ["", ".vjp"])
@@ -158,7 +158,7 @@ def test_single_branches(op, dtype, vjp):
     """SWA-2, SWA-3, RLA-2, RLA-3, RLA-7."""
     options = ("rope",) if op.startswith("s") else ("scales", "memory", "initial_state")
     made = case(op + vjp, dtype=dtype, options=options, segments=[[(3, 60)]])
-    judge(op + vjp, *made, "key_grad" if vjp else "attend")
+    judge(op + vjp, *made, "query_grad" if vjp else "attend")
 
 
 @pytest.mark.parametrize("window", [9, 0, -1, None])
@@ -168,7 +168,7 @@ def test_continuation(window, vjp):
     op = "rattention_extend" + vjp
     cached = [3, 0, 5] if window is None else [3, 0, 40]
     made = case(op, B=3, T=20, window=window, held=5, cached=cached, lengths=[20, 7, 0], options=("rope", "scales"))
-    judge(op, *made, "key_grad" if vjp else "attend")
+    judge(op, *made, "query_grad" if vjp else "attend")
 
 
 @pytest.mark.parametrize("window", [70, 1, 0, -1])

@@ -43,7 +43,7 @@ class Binary:
     target: str
     registers: int
     spills: int
-    """Registers (AMD) or bytes (NVIDIA) spilled to memory."""
+    """Vector registers (AMD; its scalar ones spill into those, not to memory) or bytes (NVIDIA) spilled to memory."""
     shared: int
     """Bytes of shared memory."""
     warps: int
@@ -84,7 +84,7 @@ def _resources(compiled: Any, target: str) -> tuple[int, int]:
         text = compiled.asm["amdgcn"]
         return (
             max(int(n) for n in re.findall(r"\.vgpr_count:\s+(\d+)", text)),
-            sum(int(n) for n in re.findall(r"\.[vs]gpr_spill_count:\s+(\d+)", text)),
+            sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)),
         )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

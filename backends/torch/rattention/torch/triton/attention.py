@@ -12,9 +12,10 @@ The R = C HP rows of the tile are (token, head of the group) pairs, head fastest
 state, so K, V and H cross into the core once per tile for the whole group, and the window's two ragged ends cost C
 tokens instead of R. A border tile loads V once for both branches, K once per branch where keys are rotated.
 
-Traffic per tile: R (D + Dv) elements of q and out, (w + C + N/2) (D + Dv) of K and V, F Dv of the state, 3 floats of
-statistics per row (log-sum-exp in base 2, and the reciprocal RMS of both branches), all that the backward pass needs.
-Programs are independent. The order of all sums is fixed by the configuration (NUM-4).
+Tiles have BN keys in the window and BL where the residue is read, whose feature maps need registers beside both
+accumulators. Traffic per tile: R (D + Dv) elements of q and out, (w + C + N/2) (D + Dv) of K and V, F Dv of the state,
+3 floats of statistics per row (log-sum-exp in base 2, and the reciprocal RMS of both branches): all that the backward
+pass needs. Programs are independent. The order of all sums is fixed by the configuration (NUM-4).
 """
 
 import triton
@@ -65,15 +66,15 @@ def behind_window(t, s, i, w):
 
 
 @triton.jit
-def tile_borders(t0, end, w, N, BN: tl.constexpr, SOFT: tl.constexpr, LINEAR: tl.constexpr):
+def tile_borders(t0, end, w, N, BL: tl.constexpr, SOFT: tl.constexpr, LINEAR: tl.constexpr):
     """Where the key tiles of queries t0 .. end-1 change kind: [saved, border) residue only, [border, inner) both,
     [inner, end) window only. `saved` is the border p_c whose state is read."""
     saved = 0
-    border = (tl.maximum(t0 - w, 0) // BN) * BN
+    border = (tl.maximum(t0 - w, 0) // BL) * BL
     inner = border
     if LINEAR:
         saved = (tl.maximum(t0 - tl.maximum(w, 0), 0) // N) * N
-        inner = tl.cdiv(tl.maximum(end - 1 - w, 0), BN) * BN
+        inner = tl.cdiv(tl.maximum(end - 1 - w, 0), BL) * BL
         if not SOFT:
             border = inner
     return saved, border, inner
@@ -104,8 +105,7 @@ def read_state(fq, reads, state, acc, D: tl.constexpr, DB: tl.constexpr, ND: tl.
     """acc + phi(q) state for the rows in `reads`; the state is [F, Dv]."""
     for j in tl.static_range(NF):
         h = load_state(state, j % ND, j // ND, D, DB, ND, DV, DVP)
-        f = tl.where(reads[:, None], up(fq[j]), 0.0)
-        acc = dot(f, h, acc, WIDE, PRECISION)
+        acc = dot(tl.where(reads[:, None], fq[j], 0.0), h, acc, WIDE, PRECISION)
     return acc
 
 
@@ -162,7 +162,7 @@ def attend(
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sr_b, sr_t, sr_h, sv_b, sv_t, sv_h,
     B, Tq, Tk, offset, w, N, chunks, Hkv, G, M, scale_log2, eps,
     D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
-    HP: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
+    HP: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, BL: tl.constexpr, MAP: tl.constexpr,
     SOFT: tl.constexpr, LINEAR: tl.constexpr, MIX: tl.constexpr, HAS_STATES: tl.constexpr, HAS_MEMORY: tl.constexpr,
     HAS_ROPE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_Q_SCALE: tl.constexpr,
     HAS_K_SCALE: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -193,21 +193,22 @@ def attend(
         live = inside & (s <= t)
         row_first = tl.load(first + b)
     oldest = tl.min(tl.where(live, s, NOWHERE), axis=0)  # no tile before this token matters to any row
-    oldest = (oldest // BN) * BN
+    oldest = (oldest // BL) * BL
     end = tl.minimum(t0 + C, Tk)
 
     q_at = q + b * sq_b + long(tile * C) * sq_t + long(h * G) * sq_h
-    raw = load_blocks(q_at, token * sq_t + g * sq_h, live, D, DB, ND)
     k_at = k + b * sk_b + long(h) * sk_h
     r_at = kr + b * sr_b + long(h) * sr_h
     v_at = v + b * sv_b + long(h) * sv_h
     keys = tl.arange(0, BN)
+    few = tl.arange(0, BL)
 
     # -------------------------------------------------------------- tiles: [older | border | inner | own]
-    saved, border, inner = tile_borders(t0, end, w, N, BN, SOFT, LINEAR)
+    saved, border, inner = tile_borders(t0, end, w, N, BL, SOFT, LINEAR)
 
     acc_l = tl.zeros([R, DVP], tl.float32)
     if LINEAR or HAS_STATES or HAS_MEMORY:
+        raw = load_blocks(q_at, token * sq_t + g * sq_h, live, D, DB, ND)
         fq = phi_as(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
         if HAS_MEMORY:
             m_at = memory + long(h * G + hb * HP) * (F * DV)
@@ -219,11 +220,11 @@ def attend(
             h_at = states + ((b * Hkv + h) * chunks + saved // N) * (F * DV)
             acc_l = read_state(fq, reads, h_at, acc_l, D, DB, ND, NF, DV, DVP, WIDE, WIDE_PRECISION)
         if LINEAR:
-            for i in range(tl.maximum(saved, oldest), border, BN):
-                n, real = key_rows(i, start, b, Tk, BN, HAS_SEGMENTS)
+            for i in range(tl.maximum(saved, oldest), border, BL):
+                n, real = key_rows(i, start, b, Tk, BL, HAS_SEGMENTS)
                 at = long(i)
-                kt = load_blocks(k_at + at * sk_t, keys * sk_t, real, D, DB, ND)
-                vt = load_values(v_at + at * sv_t, keys * sv_t, real, DV, DVP)
+                kt = load_blocks(k_at + at * sk_t, few * sk_t, real, D, DB, ND)
+                vt = load_values(v_at + at * sv_t, few * sv_t, real, DV, DVP)
                 fk = phi_as(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
                 acc_l = linear_step(fq, fk, vt, behind_window(t, s, n, w), acc_l, NF, WIDE, WIDE_PRECISION)
 
@@ -237,17 +238,17 @@ def attend(
             position = positions_of(positions, start, b, t, live, Tk, HAS_POSITIONS, HAS_SEGMENTS)
             qr = blocks_as(rotate(x, cos, sin, position, live, M, False, D, DB, ND), ND, NARROW)
         else:
-            qr = raw
+            qr = load_blocks_again(q_at, token * sq_t + g * sq_h, live, D, DB, ND)
         if LINEAR:
-            for i in range(tl.maximum(border, oldest), inner, BN):
-                n, real = key_rows(i, start, b, Tk, BN, HAS_SEGMENTS)
+            for i in range(tl.maximum(border, oldest), inner, BL):
+                n, real = key_rows(i, start, b, Tk, BL, HAS_SEGMENTS)
                 at = long(i)
-                kt = load_blocks(k_at + at * sk_t, keys * sk_t, real, D, DB, ND)
-                vt = load_values(v_at + at * sv_t, keys * sv_t, real, DV, DVP)
+                kt = load_blocks(k_at + at * sk_t, few * sk_t, real, D, DB, ND)
+                vt = load_values(v_at + at * sv_t, few * sv_t, real, DV, DVP)
                 fk = phi_as(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
                 acc_l = linear_step(fq, fk, vt, behind_window(t, s, n, w), acc_l, NF, WIDE, WIDE_PRECISION)
                 if HAS_ROPE:
-                    kt = load_blocks(r_at + at * sr_t, keys * sr_t, real, D, DB, ND)
+                    kt = load_blocks(r_at + at * sr_t, few * sr_t, real, D, DB, ND)
                 logits = scores(qr, kt, scale_log2, ND, NARROW, PRECISION)
                 logits = tl.where(in_window(t, s, n, w), logits, -float("inf"))
                 m, l, acc_s = softmax_step(logits, vt, m, l, acc_s, NARROW, PRECISION)
@@ -255,7 +256,7 @@ def attend(
         own = inner
         if not HAS_SEGMENTS:
             if LINEAR:  # every tile from `inner` up to the diagonal lies in the window of all rows
-                own = tl.maximum(inner, (t0 // BN) * BN)
+                own = inner + (tl.maximum(t0 - inner, 0) // BN) * BN
                 for i in range(inner, own, BN):
                     at = long(i)
                     every = keys < BN

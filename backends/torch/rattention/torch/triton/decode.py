@@ -127,7 +127,7 @@ def decode(
                 for head_g in range(0, G):
                     m_at = memory + long(h * G + head_g) * (F * DV)
                     x = load_state(m_at, j % ND, j // ND, D, DB, ND, DV, DVP)
-                    f = tl.where((g == head_g)[:, None], up(fq[j]), 0.0)
+                    f = tl.where((g == head_g)[:, None], fq[j], 0.0)
                     acc_l = dot(f, x, acc_l, WIDE, WIDE_PRECISION)
 
     # -------------------------------------------------------------- ring, and the new token itself

@@ -77,18 +77,23 @@ def phi_as(x, MAP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ND: tl.const
 
 
 @triton.jit
-def phi_grad(x, f, d, MAP: tl.constexpr, ND: tl.constexpr):
-    """Gradient with respect to x [ND blocks] from d, that of f = phi(x) [NF blocks]."""
+def phi_grad(x, d, MAP: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr):
+    """Gradient with respect to x [ND blocks] from d, that of phi(x) [NF blocks]. One half of phi at a time."""
     if MAP == "softmax":
-        inner_p = tl.zeros([x[0].shape[0]], tl.float32)
-        inner_n = tl.zeros([x[0].shape[0]], tl.float32)
+        f = _softmax(x, False, D, DB, ND)
+        inner = tl.zeros([x[0].shape[0]], tl.float32)
         for j in tl.static_range(ND):
-            inner_p += tl.sum(f[j] * d[j], axis=1)
-            inner_n += tl.sum(f[j + ND] * d[j + ND], axis=1)
+            inner += tl.sum(f[j] * d[j], axis=1)
+        rising = ()
+        for j in tl.static_range(ND):
+            rising = rising + (f[j] * (d[j] - inner[:, None]),)
+        f = _softmax(x, True, D, DB, ND)
+        inner = tl.zeros([x[0].shape[0]], tl.float32)
+        for j in tl.static_range(ND):
+            inner += tl.sum(f[j] * d[j + ND], axis=1)
         out = ()
         for j in tl.static_range(ND):
-            g = f[j] * (d[j] - inner_p[:, None]) - f[j + ND] * (d[j + ND] - inner_n[:, None])
-            out = out + (g,)
+            out = out + (rising[j] - f[j] * (d[j + ND] - inner[:, None]),)
         return out
     elif MAP == "relu":
         out = ()
@@ -141,5 +146,5 @@ def feature_map_grad(
     if MAP != "identity":
         for j in tl.static_range(ND):
             d = d + (up(load_block(d_out + n0 * F + D, rows * F, live, j, D, DB, ND)),)
-    g = phi_grad(raw, phi(raw, MAP, D, DB, ND), d, MAP, ND)
+    g = phi_grad(raw, d, MAP, D, DB, ND)
     store_blocks(d_x + n0 * D, rows * D, live, g, D, DB, ND)

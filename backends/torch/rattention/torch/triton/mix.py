@@ -7,7 +7,7 @@ program for the two weights, added by a second, ordered reduction.
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.query_grad import norm_grad
+from rattention.torch.triton.output_grad import norm_grad
 from rattention.torch.triton.tiles import load_values, long, store_values, up
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 KERNELS = (
     "attend", "carry_gradients", "carry_states", "combine", "decode", "feature_map", "feature_map_grad", "key_grad",
-    "local_states", "mix", "mix_grad", "query_grad", "rope_table", "rotate_keys",
+    "local_states", "mix", "mix_grad", "output_grad", "query_grad", "residue_grad", "rope_table", "rotate_keys",
 )  # fmt: skip
 """Names of all kernels, as the record of launches gives them."""
 

@@ -1,37 +1,22 @@
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
-"""Backward, first kernel: one program per tile of queries, the tiles of `attend`.
+"""Backward, second kernel: dq. One program per tile of queries.
 
-    again   x_s, x_l            both branch outputs, from the saved log-sum-exp and states (never stored by the forward)
-    norms   dx_s, dx_l          through the mix and both RMS norms; partial sums of the weight gradients
-    linear  d phi(q)            = dx_l (H_c + M)^T + (dx_l v^T, masked) phi(k), then through phi and q_scale
-    softmax d rope(q)           = scale sum_i p (dx_s v_i - Delta) rope(k_i), then turned back
-    out     dq                  one rounding, one write
+    linear  d phi(q)       = dx_l (H_c + M)^T + (dx_l v^T, masked) phi(k), then through phi and q_scale
+    softmax d rope(q)      = scale sum_i p (dx_s v_i - Delta) rope(k_i), then turned back
+    out     dq             one rounding, one write
 
-dx_s, dx_l (operand dtype), Delta (float32) and the rotated queries are written for the second kernel, `key_grad`. Delta
-is the row sum dx_s x_s of the rounded dx_s, so that a component common to all v_i cancels to rounding.
-
-Traffic per tile: twice the key and value tiles of the forward, three times those of the border; q, d_out, the state
-twice; writes of dq, dx_s, dx_l, rotated q: R (2 D + 2 Dv) elements. Sums over tiles (weights, q_scale) go to one row of
-partial sums per program and are added by a second, ordered reduction: no atomics (NUM-4).
+Traffic per tile: the key, value and state tiles of the forward, V of the border tiles twice; q (rotated and not), dx_s,
+dx_l; writes R D elements, and one row of partial sums of d q_scale.
 """
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.attention import (
-    behind_window,
-    in_window,
-    key_rows,
-    linear_step,
-    read_state,
-    scores,
-    tile_borders,
-)
-from rattention.torch.triton.features import phi, phi_as, phi_grad, scaled
+from rattention.torch.triton.attention import behind_window, in_window, key_rows, scores, tile_borders
+from rattention.torch.triton.features import phi_as, phi_grad, scaled
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
     NOWHERE,
     add_weighted,
-    blocks_as,
     column,
     dot,
     load_blocks,
@@ -40,27 +25,9 @@ from rattention.torch.triton.tiles import (
     long,
     operand,
     store_blocks,
-    store_values,
     up,
     zero_blocks,
 )
-
-
-@triton.jit
-def norm_grad(x, r, weight, d, live, DV: tl.constexpr):
-    """Through weight * x * r, r the reciprocal RMS of the row x: dx, and d * x * r for the weight (MIX-3: a zero row
-    gives a finite r * weight * d)."""
-    y = tl.where(live[:, None], x * r[:, None], 0.0)
-    g = tl.where(live[:, None], weight * d, 0.0)
-    return r[:, None] * (g - y * (tl.sum(g * y, axis=1) / DV)[:, None]), d * y
-
-
-@triton.jit
-def store_head_sums(base, x, heads, HP: tl.constexpr, C: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr):
-    """Sum rows (token, head) over tokens; write one row of Dv per head that exists."""
-    sums = tl.sum(tl.reshape(x, [C, HP, DVP]), axis=0)
-    row = tl.arange(0, HP)
-    store_values(base, row * DV, row < heads, sums, DV, DVP)
 
 
 @triton.jit
@@ -85,20 +52,18 @@ def column_sums(base, x, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["w"])
 def query_grad(
-    q, k, kr, v, swa_weight, rla_weight, cos, sin, positions, start, first, q_scale, k_scale, memory, states,
+    q, k, kr, v, cos, sin, positions, start, first, q_scale, k_scale, memory, states,
     stats,  # [3, B, Hq, Tq] float32
-    d_out,  # [B, Tq, Hq, Dv] storage, by strides
-    dq,  # [B, Tq, Hq, D] storage
-    qr,  # [B, Tq, Hq, D] storage or None: rotated queries
+    qr,  # [B, Tq, Hq, D] storage, contiguous: rotated queries; or q by its strides
     dx_s, dx_l,  # [B, Tq, Hq, Dv] WIDE or None
     delta,  # [B, Hq, Tq] float32
-    dw_s, dw_l,  # [B, tiles, Hq, Dv] float32 or None
+    dq,  # [B, Tq, Hq, D] storage
     d_scale,  # [B, Hkv, head blocks, tiles, D] float32 or None
-    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sr_b, sr_t, sr_h, sv_b, sv_t, sv_h, so_b, so_t, so_h,
-    B, Tq, Tk, offset, w, N, chunks, Hkv, G, M, scale_log2, scale,
+    sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sr_b, sr_t, sr_h, sv_b, sv_t, sv_h, sp_b, sp_t, sp_h,
+    Tq, Tk, offset, w, N, chunks, Hkv, G, M, scale_log2, scale,
     D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     HP: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
-    SOFT: tl.constexpr, LINEAR: tl.constexpr, MIX: tl.constexpr, HAS_STATES: tl.constexpr, HAS_MEMORY: tl.constexpr,
+    SOFT: tl.constexpr, LINEAR: tl.constexpr, HAS_STATES: tl.constexpr, HAS_MEMORY: tl.constexpr,
     HAS_ROPE: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_SEGMENTS: tl.constexpr, HAS_Q_SCALE: tl.constexpr,
     HAS_K_SCALE: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WIDE_PRECISION: tl.constexpr,
@@ -150,75 +115,11 @@ def query_grad(
     out_at = (b * Tq + tile * C) * Hq + h * G  # of tensors [B, Tq, Hq, .]
     out_rows = token * Hq + g
     rows_at = (b * Hq + h * G) * Tq + tile * C + long(g) * Tq + token  # of tensors [B, Hq, Tq]
-    plane = long(B) * Hq * Tq
-    raw = load_blocks(q_at, q_rows, live, D, DB, ND)
-    d = up(load_values(d_out + b * so_b + long(tile * C) * so_t + long(h * G) * so_h, token * so_t + g * so_h, live,
-                       DV, DVP))  # fmt: skip
-    w_cols = tl.arange(0, DVP)
-    w_at = ((h * G + g) * DV)[:, None] + w_cols[None, :]
-    w_ok = inside[:, None] & (w_cols < DV)[None, :]
-    part_at = ((b * tiles + tile) * Hq + h * G + hb * HP) * DV
-
-    # -------------------------------------------------------------- the linear branch again, and its norm
-    dl = d
-    if MIX:
-        x = tl.zeros([R, DVP], tl.float32)
-        if READS:
-            fq = phi_as(scaled(raw, q_scale, HAS_Q_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
-            if HAS_MEMORY:
-                x = read_state(fq, live, m_at, x, D, DB, ND, NF, DV, DVP, WIDE, WIDE_PRECISION)
-            if HAS_STATES:
-                x = read_state(fq, reads, h_at, x, D, DB, ND, NF, DV, DVP, WIDE, WIDE_PRECISION)
-            if LINEAR:
-                for i in range(tl.maximum(saved, oldest), inner, BN):
-                    n, real = key_rows(i, start, b, Tk, BN, HAS_SEGMENTS)
-                    kt = load_blocks(k_at + long(i) * sk_t, keys * sk_t, real, D, DB, ND)
-                    vt = load_values(v_at + long(i) * sv_t, keys * sv_t, real, DV, DVP)
-                    fk = phi_as(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
-                    x = linear_step(fq, fk, vt, behind_window(t, s, n, w), x, NF, WIDE, WIDE_PRECISION)
-        r = tl.load(stats + 2 * plane + rows_at, mask=live, other=0.0)
-        weight = up(tl.load(rla_weight + w_at, mask=w_ok, other=0.0))
-        dl, dw = norm_grad(x, r, weight, d, live, DV)
-        store_head_sums(dw_l + part_at, dw, G - hb * HP, HP, C, DV, DVP)
-    dl = operand(dl, WIDE)
-    if READS:
-        store_values(dx_l + out_at * DV, out_rows * DV, inside, up(dl), DV, DVP)
-
-    # -------------------------------------------------------------- the softmax branch again, and its norm
-    if SOFT:
-        if HAS_ROPE:
-            x_q = ()
-            for j in tl.static_range(ND):
-                x_q = x_q + (up(raw[j]),)
-            position = positions_of(positions, start, b, t, live, Tk, HAS_POSITIONS, HAS_SEGMENTS)
-            x_q = rotate(x_q, cos, sin, position, live, M, False, D, DB, ND)
-            store_blocks(qr + out_at * D, out_rows * D, inside, x_q, D, DB, ND)
-            qt = blocks_as(x_q, ND, NARROW)
-        else:
-            qt = raw
-        lse = tl.load(stats + rows_at, mask=live, other=0.0)
-        x = tl.zeros([R, DVP], tl.float32)
-        for i in range(tl.maximum(border, oldest), end, BN):
-            n, real = key_rows(i, start, b, Tk, BN, HAS_SEGMENTS)
-            kt = load_blocks(r_at + long(i) * sr_t, keys * sr_t, real, D, DB, ND)
-            vt = load_values(v_at + long(i) * sv_t, keys * sv_t, real, DV, DVP)
-            logits = scores(qt, kt, scale_log2, ND, NARROW, PRECISION)
-            p = tl.where(in_window(t, s, n, w), tl.exp2(logits - lse[:, None]), 0.0)
-            x = dot(p, vt, x, NARROW, PRECISION)
-        ds = d
-        if MIX:
-            r = tl.load(stats + plane + rows_at, mask=live, other=0.0)
-            weight = up(tl.load(swa_weight + w_at, mask=w_ok, other=0.0))
-            ds, dw = norm_grad(x, r, weight, d, live, DV)
-            store_head_sums(dw_s + part_at, dw, G - hb * HP, HP, C, DV, DVP)
-        ds = operand(ds, WIDE)
-        store_values(dx_s + out_at * DV, out_rows * DV, inside, up(ds), DV, DVP)
-        dd = tl.sum(up(ds) * x, axis=1)
-        tl.store(delta + rows_at, tl.where(live, dd, 0.0), mask=inside)
 
     # -------------------------------------------------------------- d phi(q), and through phi
     gq = zero_blocks(R, DB, ND)
     if READS:
+        dl = load_values(dx_l + out_at * DV, out_rows * DV, live, DV, DVP)
         df = zero_blocks(R, DB, NF)
         if HAS_MEMORY:
             df = state_grad(dl, live, m_at, df, D, DB, ND, NF, DV, DVP, WIDE, WIDE_PRECISION)
@@ -236,7 +137,7 @@ def query_grad(
                 df = add_weighted(df, da, fk, NF, WIDE, WIDE_PRECISION)
         again = load_blocks(q_at, q_rows, live, D, DB, ND)
         xq = scaled(again, q_scale, HAS_Q_SCALE, D, DB, ND)
-        gq = phi_grad(xq, phi(xq, MAP, D, DB, ND), df, MAP, ND)
+        gq = phi_grad(xq, df, MAP, D, DB, ND)
         if HAS_Q_SCALE:
             share = ()
             for j in tl.static_range(ND):
@@ -247,6 +148,11 @@ def query_grad(
 
     # -------------------------------------------------------------- d rope(q), and back
     if SOFT:
+        p_at = qr + b * sp_b + long(tile * C) * sp_t + long(h * G) * sp_h
+        qt = load_blocks(p_at, token * sp_t + g * sp_h, live, D, DB, ND)
+        ds = load_values(dx_s + out_at * DV, out_rows * DV, live, DV, DVP)
+        lse = tl.load(stats + rows_at, mask=live, other=0.0)
+        dd = tl.load(delta + rows_at, mask=live, other=0.0)
         dr = zero_blocks(R, DB, ND)
         for i in range(tl.maximum(border, oldest), end, BN):
             n, real = key_rows(i, start, b, Tk, BN, HAS_SEGMENTS)

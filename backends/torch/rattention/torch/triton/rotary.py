@@ -36,7 +36,7 @@ def load_table(table, position, live, j, M, D: tl.constexpr, DB: tl.constexpr, N
     refused without waiting for the device, and must not pass for a number."""
     cols, real = column(j, D, DB, ND)
     inside = (position >= 0) & (position < M)
-    at = table + long(position)[:, None] * (D // 2) + cols[None, :]
+    at = table + position[:, None] * (D // 2) + cols[None, :]
     entry = up(tl.load(at, mask=(live & inside)[:, None] & real[None, :], other=0.0))
     return tl.where((live & (inside == 0))[:, None], float("nan"), entry)
 
