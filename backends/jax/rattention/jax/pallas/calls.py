@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from rattention.jax.pallas import backward, decode, forward, watch
+from rattention.jax.pallas.config import Config
 from rattention.jax.pallas.plan import Plan
 
 F32 = jnp.float32
@@ -19,6 +23,15 @@ KERNELS = (
     *("swa_forward", "swa_backward", "rla_forward", "rla_backward"),
 )
 """Every kernel by name, as profiles, schedules and `metadata["kernels"]` show it."""
+
+
+traffic: dict[str, int] = {}
+"""Bytes that cross HBM in the latest build of each kernel, for reports."""
+
+
+def shown(settings: Config) -> dict[str, Any]:
+    """A configuration as a plain dict."""
+    return dataclasses.asdict(settings)
 
 
 class Builder:
@@ -47,6 +60,22 @@ class Builder:
     def keep(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
         self.scratch.append((name, pltpu.VMEM(shape, dtype)))
 
+    def moved(self) -> int:
+        """Bytes that cross HBM: a block is fetched or written back whenever its index changes along the grid."""
+        with jax.ensure_compile_time_eval():
+            total = 0
+            operands = [(spec, x.dtype) for (_, spec), x in zip(self.inputs, self.arrays, strict=True)]
+            for spec, dtype in operands + [(spec, shape.dtype) for _, spec, shape in self.outputs]:
+                block, index = spec.block_shape, spec.index_map
+                if block is None or index is None:
+                    continue
+                # Batch rows and heads repeat one pattern, except for what they share, which is small either way.
+                steps = range(self.grid[2]) if len(self.grid) == 3 else range(1)
+                line = [tuple(map(int, index(0, 0, *([s] if len(self.grid) == 3 else [])))) for s in steps]
+                changes = 1 + sum(a != b for a, b in itertools.pairwise(line))
+                total += math.prod(block) * jnp.dtype(dtype).itemsize * changes
+            return total * math.prod(self.grid[:2])
+
     def run(self, body: Callable[[Plan, SimpleNamespace], None]) -> dict[str, Any]:
         names = [n for n, *_ in self.inputs] + [n for n, *_ in self.outputs] + [n for n, _ in self.scratch]
         p = self.p
@@ -55,6 +84,7 @@ class Builder:
             body(p, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
         watch.traced(self.name)
+        traffic[self.name] = self.moved()
         results = pl.pallas_call(
             kernel,
             grid=self.grid,
