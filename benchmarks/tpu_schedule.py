@@ -111,7 +111,7 @@ def splash(job: dict[str, Any], folder: str) -> dict[str, Any]:
         parts = ["splash_mha_dq", "splash_mha_dkv"]
     count = T // block
     # Visited (query block, key block) pairs of one head: those with an unmasked element.
-    visited = sum(0 <= i - j and (i - j - 1) * block + 1 < job["tokens"] for i in range(count) for j in range(count))
+    visited = sum(i >= j and (i - j - 1) * block + 1 < job["tokens"] for i in range(count) for j in range(count))
     found: dict[str, Any] = {"visited_blocks": visited, "parts": {name: parse(folder, name) for name in parts}}
     bundles = sum(part["bundles"] for part in found["parts"].values())
     found["bundles_per_token_head"] = round(bundles * visited / T, 3)

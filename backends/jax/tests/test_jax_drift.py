@@ -21,9 +21,10 @@ def test_the_state_does_not_drift(dtype: type) -> None:
 
     @jax.jit
     def generate(k: jax.Array, v: jax.Array) -> Cache:
-        def step(cache: Cache, token: tuple) -> tuple[Cache, None]:
+        def step(cache: Cache, token: tuple[jax.Array, jax.Array]) -> tuple[Cache, None]:
             # The carry has the same shapes at every step: no step can cost more than the first.
-            return rattention_extend(q, *token, weight, weight, cache, window=W)[1], None
+            new_k, new_v = token
+            return rattention_extend(q, new_k, new_v, weight, weight, cache, window=W)[1], None
 
         cache = Cache.empty(1, HKV, D, window=W, dtype=dtype)
         return jax.lax.scan(step, cache, (k, v))[0]

@@ -52,7 +52,7 @@ def test_the_recorded_matrix(target, D):
         assert row["faults"] == [], row
         assert row["spills"] == 0, row
         seen.add(row["kernel"])
-        name = tiles.get(row["kernel"], row["kernel"])
+        name = str(tiles.get(row["kernel"], row["kernel"]))
         if hasattr(config, name):
             tile = getattr(config, name)
             assert (row["warps"], row["stages"]) == (tile.warps, tile.stages), row
@@ -63,8 +63,9 @@ def test_the_recorded_matrix(target, D):
 def test_capturing_runs_nothing():
     """A captured launch has the configuration of the device asked for, and meta tensors hold no memory."""
     with capturing("sm_90") as launches:
-        ring = Ring(*(torch.empty(s, device="meta", dtype=torch.bfloat16) for s in ((2, 6, 1, 64), (2, 6, 1, 64))),
-                    torch.empty(2, 1, 128, 64, device="meta"), torch.empty(2, dtype=torch.int32, device="meta"))  # fmt: skip
+        slots = torch.empty(2, 6, 1, 64, device="meta", dtype=torch.bfloat16)
+        length = torch.empty(2, dtype=torch.int32, device="meta")
+        ring = Ring(slots, torch.empty_like(slots), torch.empty(2, 1, 128, 64, device="meta"), length)
         q, k = (torch.empty(2, 1, h, 64, device="meta", dtype=torch.bfloat16) for h in (4, 1))
         weight = torch.empty(4, 64, device="meta")
         out = step(ring, q, k, k, weight, weight, window=5)

@@ -73,7 +73,7 @@ class Builder:
                 steps = range(self.grid[2]) if len(self.grid) == 3 else range(1)
                 line = [tuple(map(int, index(0, 0, *([s] if len(self.grid) == 3 else [])))) for s in steps]
                 changes = 1 + sum(a != b for a, b in itertools.pairwise(line))
-                total += math.prod(block) * jnp.dtype(dtype).itemsize * changes
+                total += math.prod(int(n) for n in block if isinstance(n, int)) * jnp.dtype(dtype).itemsize * changes
             return total * math.prod(self.grid[:2])
 
     def run(self, body: Callable[[Plan, SimpleNamespace], None]) -> dict[str, Any]:
