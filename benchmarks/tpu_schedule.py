@@ -83,7 +83,7 @@ def ours(job: dict[str, Any], folder: str) -> dict[str, Any]:
     from rattention.jax.pallas import aot, calls, config
     from rattention.jax.pallas.config import Config
 
-    settings = Config(**job["config"]) if "config" in job else config.default(job["generation"], job["D"])
+    settings = Config(**job["config"]) if "config" in job else config.default(job["generation"], job["D"], job["dtype"])
     kind, mode, sizes = job["kind"], job["mode"], DECODE if job["kind"] == "decode" else SHAPE
     optional = ("rope_cos", "rope_sin") if job.get("rope") else ()
     f, args = aot.program(kind, job["D"], job["dtype"], settings, WINDOW, mode, optional=optional, **sizes)

@@ -113,7 +113,8 @@ class Builder:
             out_shape=[shape for *_, shape in self.outputs],
             scratch_shapes=[shape for _, shape in self.scratch],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary")[: len(self.grid)],
+                # The interpreter does not extend this tuple by the axis that vmap puts in front; the compiler does.
+                dimension_semantics=None if p.interpret else ("parallel", "parallel", "arbitrary")[: len(self.grid)],
                 vmem_limit_bytes=p.config.vmem,
             ),
             name=self.name,
