@@ -163,8 +163,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit that was measured, marked where its code has changed since; records do not count."""
+    code = [str(ROOT / "benchmarks" / "*.py"), str(ROOT / "backends" / "jax" / "rattention"), str(ROOT / "spec")]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+    return git("rev-parse", "--short=12", "HEAD").strip() + "-dirty" * bool(git("status", "--porcelain", "--", *code))
 
 
 # ------------------------------------------------------------------------------------------------ tables
