@@ -81,7 +81,12 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
 
 
 def reach(recipe: Recipe) -> int:
-    """How many tokens beyond its window a cache may have seen, and how far positions may lie."""
+    """How many tokens beyond its window a cache may have seen, and how far positions may lie.
+
+    Without a rotary table the count is bounded by int32 alone: beyond 2^24 float32 cannot count.
+    """
+    if not recipe.has("rope"):
+        return 2**27 if recipe.has("far") else 40
     return 3000 if recipe.has("far") else 40
 
 
