@@ -1,6 +1,6 @@
 """Runs of the suite against the honest backends under fresh seeds, written to benchmarks/results/false_alarms.json.
 
-    python benchmarks/false_alarms.py [BACKEND ...] [--runs 20] [--profile full] [--workers 2] [--seeds N ...] [--append]
+    python benchmarks/false_alarms.py [BACKEND ...] [--runs 20] [--profile full] [--seeds N ...] [--append]
 
 Every run must end conforming: an alarm is a fault of the suite, of the reference or of the backend, and its cases are
 kept under report/false-alarms. For each backend: the seeds, the verdicts, units, seconds, and the largest share of the

@@ -70,7 +70,7 @@ class Plan:
 
     def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
         """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""
-        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 4 * quick}[self.profile]
+        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 3 * quick}[self.profile]
         return number if self.cost == "direct" else max(1 if compiled else 0, round(number * compiled))
 
     def rng(self, *purpose: Any) -> np.random.Generator:
@@ -141,7 +141,7 @@ def tokens(plan: Plan, size: str) -> list[int]:
         return [150, 160, 192, 200, 255, 256, 257, 300, 320, 384, 511, 512, 513, 640]
     if size == "vast":
         return [2060, 2081, 2114]
-    return [1024, 1030, 1047, 1090, 1088, 1025]
+    return [1024, 1030, 1047, 1090, 1088, 1025, *([1536, 2050] if plan.profile == "full" else [])]
 
 
 WIDE = {"below 64": (24, 33, 40, 48), "up to 128": (64, 80, 96, 128), "above 128": (129, 160, 192, 256)}
@@ -202,7 +202,7 @@ def pool(plan: Plan, op: str, size: str) -> list[Recipe]:
     """The signatures that all properties share, the same in every run of a profile."""
     rng = np.random.default_rng((PROFILES.index(plan.profile), zlib.crc32(f"{op} {size}".encode())))
     bag = Bag(rng)
-    number = {"smoke": 0.5, "quick": 1.0, "full": 4.0}[plan.profile] * POOL[size]
+    number = {"smoke": 0.5, "quick": 1.0, "full": 2.0}[plan.profile] * POOL[size]
     number *= 0.6 if op.removesuffix(".vjp") in ("feature_map", "rms_mix", "rope_table") else 1.0
     return [_signature(plan, op, size, rng, bag, {}) for _ in range(max(1, round(number)))]
 
@@ -348,7 +348,9 @@ def _values(plan: Plan, recipe: Recipe, rng: np.random.Generator, bag: Bag, fixe
         flags.append("rows")
     drawn = {
         "family": bag.pick("family", [*FAMILIES, "normal"]),
-        "layout": bag.pick("layout", ["mixed", "mixed", "pair", "tile", "many", "left", "middle", "dense", "one", "empty"]),
+        "layout": bag.pick(
+            "layout", ["mixed", "mixed", "pair", "tile", "many", "left", "middle", "dense", "one", "empty"]
+        ),
         "fill": bag.pick("fill", ["mixed", "mixed", "beyond", "partial", "full", "empty"]),
         "seed": int(rng.integers(0, 2**31)),
         "options": recipe.options + tuple(flags),
