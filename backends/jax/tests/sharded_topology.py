@@ -44,16 +44,23 @@ def main() -> None:
 
     args = [struct((B, T, heads, D), jnp.bfloat16, *spec) for heads in (HQ, HKV, HKV)]
     args += [struct((HQ, D), jnp.float32, "model") for _ in range(2)]
+    ids = struct((B, T), jnp.int32, "data")
 
-    def forward(*args: jax.Array) -> Any:
-        return sharded.rattention(*args, window=WINDOW, return_final_state=True, impl="xla", mesh=mesh, spec=spec)
+    def forward(*args: jax.Array, **more: jax.Array) -> Any:
+        split: dict[str, Any] = {"mesh": mesh, "spec": spec}
+        return sharded.rattention(*args, **more, **split, window=WINDOW, return_final_state=True, impl="xla")
 
-    def loss(*args: jax.Array) -> jax.Array:
-        return jnp.sum(forward(*args)[0].astype(jnp.float32) ** 2)
+    def loss(*args: jax.Array, **more: jax.Array) -> jax.Array:
+        return jnp.sum(forward(*args, **more)[0].astype(jnp.float32) ** 2)
 
+    backward = jax.grad(loss, argnums=(0, 1, 2, 3, 4))
     listed: dict[str, Any] = {}
-    for name, f in (("forward", forward), ("backward", jax.grad(loss, argnums=(0, 1, 2, 3, 4)))):
-        text = jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).compile().as_text() or ""
+    for name, f, more in (
+        ("forward", forward, {}),
+        ("backward", backward, {}),
+        ("backward with segments", backward, {"segment_ids": ids}),
+    ):
+        text = jax.jit(f).trace(*args, **more).lower(lowering_platforms=("tpu",)).compile().as_text() or ""
         found = collectives(text)
         listed[name] = dict(collections.Counter(kind for kind, _ in found))
         if name == "forward":

@@ -60,7 +60,7 @@ def _forward(op: str, window: int | None, feature_map: str, precision: Any, give
         window = None  # every token stays inside every window
     where = of_forward(tokens, max(window or 0, 0), given.get("segment_ids"))
     q, k, v = (_alive(given[name], where.live) for name in "qkv")
-    out, state = _attend(
+    out, state = attend(
         op, window, feature_map, precision, where, q, k, v, given.get("initial_state"), given, numbers
     )  # fmt: skip
     outputs = {"out": out}
@@ -74,7 +74,7 @@ def _extend(window: int | None, feature_map: str, precision: Any, given: Arrays,
     where = of_extend(slots, tokens, given["cache_length"], given.get("lengths"))
     stored = {name: _alive(jnp.concatenate([given[f"cache_{name}"], given[name]], axis=1), where.live) for name in "kv"}
     q = _alive(given["q"], where.live, slots)
-    out, state = _attend(
+    out, state = attend(
         "rattention", window, feature_map, precision, where, q, stored["k"], stored["v"], given["cache_state"], given,
         numbers,
     )  # fmt: skip
@@ -98,11 +98,14 @@ def _newest(x: jax.Array, slots: int, tokens: int, window: int | None, lengths: 
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, size, axis=0))(x, lengths)
 
 
-def _attend(
+def attend(
     op: str, window: int | None, feature_map: str, precision: Any, where: Tokens,
     q: jax.Array, keys: jax.Array, values: jax.Array, state: jax.Array | None, given: Arrays, numbers: Arrays,
 ) -> tuple[jax.Array, Any]:  # fmt: skip
-    """Both branches: `q [B, T, Hq, D]`, keys and values of the tokens of `where`; out `[B, T, Hq, Dv]`, state."""
+    """Both branches: `q [B, T, Hq, D]`, keys and values of the tokens of `where`; out `[B, T, Hq, Dv]`, state.
+
+    The inert tokens of q, keys and values are zeros already. `given` are the other tensors, `numbers` scale and eps.
+    """
     batch, tokens, heads, dim = q.shape
     kv_heads, features = keys.shape[2], dim if feature_map == "identity" else 2 * dim
     wants_linear = op != "sliding_window_attention"

@@ -1,0 +1,145 @@
+"""The public function: how a call is split over a mesh, and what cannot be.
+
+Batch and heads need no communication. Along a split sequence each device continues the tokens of those before it
+(`sharded.sequence`). Traffic per device: w tokens of k and v, and 1 + log2(n) states, however long the sequence. The
+derivative is the transpose of all this, made by JAX: the halo's gradient travels back, the scan runs the other way.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from rattention.jax import dispatch
+from rattention.jax.sharded.sequence import documents, one_row
+from rattention.spec import Call, Unsupported
+
+BY_ROW = ("positions", "segment_ids")
+"""Integers that every device along the sequence gets whole, 4 bytes per token: who sees what follows without a message.
+"""
+
+
+def rattention(
+    q: Any,
+    k: Any,
+    v: Any,
+    swa_weight: Any,
+    rla_weight: Any,
+    rope_cos: Any = None,
+    rope_sin: Any = None,
+    positions: Any = None,
+    segment_ids: Any = None,
+    q_scale: Any = None,
+    k_scale: Any = None,
+    memory: Any = None,
+    initial_state: Any = None,
+    *,
+    mesh: Mesh | AbstractMesh,
+    spec: PartitionSpec,
+    window: int | None,
+    scale: float | None = None,
+    feature_map: str = "softmax",
+    eps: float = 1e-6,
+    return_final_state: bool = False,
+    impl: str | None = None,
+    precision: object = None,
+    check_values: bool = False,
+) -> Any:
+    """`rattention.jax.rattention` of global arrays, computed by all devices of a mesh.
+
+    Args:
+        mesh: the devices.
+        spec: how q, k, v and out `[B, T, H, D]` are split, such as `PartitionSpec("data", "sequence", "model")`;
+            None or absent entries are not split. Heads are split in contiguous blocks, query and kv heads alike.
+        segment_ids, positions: split by batch alone, also where the sequence is: every device along it gets whole rows.
+        impl: as in `rattention.jax.rattention`; a split sequence with segment_ids or positions is for "xla" alone.
+        the others: as in `rattention.jax.rattention`.
+
+    Returns:
+        `out`, split by `spec`; with `return_final_state` the pair of it and the state, split by batch and heads.
+
+    Raises:
+        SpecError: the call breaks a constraint of the specification.
+        Unsupported: an axis that cannot be split so: D, sizes that the mesh does not divide, a sequence over several
+            mesh axes, or one with window None (every token needs all others).
+    """
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "swa_weight": swa_weight,
+        "rla_weight": rla_weight,
+        "rope_cos": rope_cos,
+        "rope_sin": rope_sin,
+        "positions": positions,
+        "segment_ids": segment_ids,
+        "q_scale": q_scale,
+        "k_scale": k_scale,
+        "memory": memory,
+        "initial_state": initial_state,
+    }
+    attrs = {"window": window, "scale": scale, "feature_map": feature_map, "eps": eps}
+    call, arrays = dispatch.check("rattention", tensors, attrs, check_values=check_values)
+    axes = _axes(call, mesh, spec)
+    batch, sequence, heads = axes
+    state_spec = PartitionSpec(batch, heads)
+    tokens = PartitionSpec(batch, sequence, heads)
+    specs = dict.fromkeys(("swa_weight", "rla_weight", "memory"), PartitionSpec(heads))
+    specs |= dict.fromkeys("qkv", tokens) | {"initial_state": state_spec}
+    specs |= dict.fromkeys(BY_ROW, PartitionSpec(batch))
+    local: Any = functools.partial(_whole_sequence, impl=impl)
+    if sequence is not None and call.dims["T"]:
+        local = functools.partial(one_row, impl=impl)
+        if any(name in arrays for name in BY_ROW):
+            if impl == "pallas":
+                raise Unsupported("a split sequence with segment_ids or positions: the kernels have no such entry")
+            dispatch.choose(call, arrays, impl or "xla", precision)  # which refuses what it does not know
+            local = documents
+        local = functools.partial(local, axis=sequence, devices=mesh.shape[sequence])
+    out, state = jax.shard_map(
+        functools.partial(local, attrs=call.attributes, precision=precision),
+        mesh=mesh,
+        in_specs=({name: specs.get(name, PartitionSpec()) for name in arrays},),
+        out_specs=(tokens, state_spec),
+        check_vma=False,
+    )(arrays)
+    return (out, state) if return_final_state else out
+
+
+def _axes(call: Call, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> tuple[Any, Any, Any]:
+    """Mesh axes of batch, sequence and heads.
+
+    Raises:
+        Unsupported: as `rattention`.
+    """
+    entries: list[Any] = [*spec, None, None, None, None][: max(len(spec), 4)]
+    if len(entries) > 4 or entries[3] is not None:
+        raise Unsupported(f"spec {spec}: only batch, sequence and heads of [B, T, H, D] can be split")
+    batch, sequence, heads, _ = entries
+    if isinstance(sequence, tuple):
+        if len(sequence) > 1:
+            raise Unsupported(f"spec {spec}: the sequence can be split over one mesh axis, not over {sequence}")
+        sequence = sequence[0] if sequence else None
+    dims = call.dims
+    for axis, sizes in ((batch, ("B",)), (sequence, ("T",)), (heads, ("Hq", "Hkv"))):
+        names = axis if isinstance(axis, tuple) else () if axis is None else (axis,)
+        count = 1
+        for name in names:
+            if name not in mesh.shape:
+                raise Unsupported(f"spec {spec}: the mesh has no axis {name!r}, only {tuple(mesh.shape)}")
+            count *= mesh.shape[name]
+        for size in sizes:
+            if dims[size] % count:
+                raise Unsupported(f"spec {spec}: {size}={dims[size]} does not divide into {count} equal shards")
+    if sequence is not None and call.attributes["window"] is None:
+        raise Unsupported("window None: every token reads all before it, a split sequence would gather them all")
+    return batch, sequence, heads
+
+
+def _whole_sequence(
+    tensors: dict[str, Any], *, attrs: dict[str, Any], impl: str | None, precision: object
+) -> tuple[jax.Array, jax.Array]:
+    outputs = dispatch.run("rattention", tensors, attrs, impl=impl, precision=precision)
+    return outputs["out"], outputs["final_state"]
