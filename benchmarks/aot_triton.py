@@ -1,17 +1,20 @@
 """Ahead-of-time matrix: every kernel, built for every GPU target without a GPU.
 
-    python benchmarks/aot_triton.py [--targets sm_90,gfx942] [--dims 64,128] [--dtypes bfloat16] [--variants]
+    python benchmarks/aot_triton.py [--targets sm_90,gfx942] [--dims 64,128] [--dtypes bfloat16] [--variants] [--add]
 
 Each kernel is captured as a device of that kind would launch it, compiled, and measured: registers, spills, shared
-memory, matrix instructions. Written to benchmarks/results/triton_aot.json, beside what was compiled and with what. Exit
-status 1 where a kernel fails to build, does not fit the target's shared memory, or, in bfloat16 at D 64 and 128, spills
-or leaves the matrix units idle.
+memory, matrix instructions. Written to benchmarks/results/triton_aot.json, beside what was compiled and with what; with
+`--add`, rows of other targets, dims, dtypes and variants that the same sources gave before stay. Exit status 1 where a
+kernel fails to build, does not fit the target's shared memory, or, in bfloat16 at D 64 and 128, spills or leaves the
+matrix units idle. `python benchmarks/triton_tables.py` puts the record into docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,14 +22,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import triton
-from rattention.torch.triton.aot import SHARED_LIMIT, TARGETS, Binary, compile_launch
-from rattention.torch.triton.backward import backward
-from rattention.torch.triton.forward import forward
-from rattention.torch.triton.launch import Launch, capturing
-from rattention.torch.triton.plan import Plan
-from rattention.torch.triton.ring import Ring, step
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / p) for p in ("spec", "backends/torch")]
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter would stand in for the compiler
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from rattention.torch.triton.aot import SHARED_LIMIT, TARGETS, Binary, compile_launch, sources  # noqa: E402
+from rattention.torch.triton.backward import backward  # noqa: E402
+from rattention.torch.triton.forward import forward  # noqa: E402
+from rattention.torch.triton.launch import Launch, capturing  # noqa: E402
+from rattention.torch.triton.plan import Plan  # noqa: E402
+from rattention.torch.triton.ring import Ring, step  # noqa: E402
 
 ELEMENTWISE = frozenset({"carry_states", "carry_gradients", "rotate_keys", "combine"})
 """Kernels without a matrix product."""
@@ -86,6 +93,11 @@ def launches(kind: str, D: int, dtype: torch.dtype, variants: bool = False) -> I
         yield "default", x
 
 
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def faults(binary: Binary, D: int, dtype: str, variant: str) -> list[str]:
     """What this binary breaks of the promises above."""
     found = []
@@ -132,14 +144,32 @@ def main() -> int:
     parser.add_argument("--dtypes", default="bfloat16")
     parser.add_argument("--kernels", default="", help="only these, by name")
     parser.add_argument("--variants", action="store_true", help="segments, memory, other windows, single branches")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "triton_aot.json")
+    parser.add_argument("--add", action="store_true", help="keep the other rows that these sources gave before")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "triton_aot.json")
     options = parser.parse_args()
     targets, dims = options.targets.split(","), [int(d) for d in options.dims.split(",")]
     only = set(options.kernels.split(",")) if options.kernels else None
+    about = {
+        "commit": commit(),
+        "sources": sources(),
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "shape": "B 2, T 8192, Hq 16, Hkv 4, w 511; decode at batch 1 and 256",
+    }
     rows = measure(targets, dims, options.dtypes.split(","), options.variants, only)
+    kept: list[dict[str, Any]] = []
+    if options.add and options.out.is_file():
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        if all(before["about"][x] == about[x] for x in ("sources", "triton", "torch")):
+            fresh = {(r["target"], r["D"], r["dtype"], r["variant"]) for r in rows}
+            kept = [r for r in before["kernels"] if (r["target"], r["D"], r["dtype"], r["variant"]) not in fresh]
+    order = list(TARGETS)
+    every = sorted(kept + rows, key=lambda r: (order.index(r["target"]), r["dtype"], r["D"], r["variant"]))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    about = {"triton": triton.__version__, "torch": torch.__version__, "shape": "B 2, T 8192, Hq 16, Hkv 4, w 511"}
-    options.out.write_text(json.dumps({"about": about, "kernels": rows}, indent=1) + "\n", encoding="utf-8")
+    text = ",\n  ".join(json.dumps(r) for r in every)
+    options.out.write_text(
+        f'{{"about": {json.dumps(about, indent=1)},\n "kernels": [\n  {text}\n]}}\n', encoding="utf-8"
+    )
     broken = [r for r in rows if r["faults"]]
     print(f"{len(rows)} binaries, {len(broken)} with faults; written to {options.out}")
     return 1 if broken else 0

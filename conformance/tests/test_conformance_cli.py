@@ -47,6 +47,20 @@ def test_a_backend_that_takes_the_process_down_is_reported(tmp_path, monkeypatch
     assert "took its process down: the process died with exit code 3" in " ".join(output.split())
 
 
+def test_all_opens_with_a_matrix_and_interpreted_backends_run_at_smoke(tmp_path, monkeypatch):
+    from rattention.conformance import backends
+
+    monkeypatch.setattr(backends, "runnable", lambda: (["numpy"], {"far": "far: no such device"}))
+    monkeypatch.setattr(backends, "cost", lambda name: "interpreted")
+    code, output = call("conform", "all", "--select", "FM-2", "--seed", "3", "--report", tmp_path)
+    assert code == 0
+    assert output.index("operation x backend") < output.index("All backends")
+    assert "rattention conform numpy --profile quick --seed 3" in output
+    assert "far: no such device" in output
+    assert json.loads((tmp_path / "numpy" / "report.json").read_text())["profile"] == "smoke"
+    assert json.loads((tmp_path / "report.json").read_text())["backends"]["numpy"]["conforming"]
+
+
 def _check_files(report: Path) -> None:
     data = json.loads((report / "report.json").read_text())
     assert {"backend", "conforming", "clauses", "cases", "budget"} <= set(data)

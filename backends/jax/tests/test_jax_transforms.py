@@ -58,16 +58,15 @@ def test_jit_vmap_grad_checkpoint(qkvw) -> None:
     def loss(*args: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(rattention(*args, window=W)))
 
-    plain = jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*qkvw)
-    for other in (
-        jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))),
-        jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2, 3, 4)),
-    ):
+    every = (0, 1, 2, 3, 4)
+    plain = jax.grad(loss, argnums=every)(*qkvw)
+    compiled = jax.jit(jax.grad(loss, argnums=every))
+    for other in (compiled, jax.jit(jax.grad(jax.checkpoint(loss), argnums=every))):
         jax.tree.map(close, other(*qkvw), plain)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), qkvw)
-    mapped = jax.vmap(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(*stacked)
+    mapped = jax.jit(jax.vmap(jax.grad(loss, argnums=every)))(*stacked)
     jax.tree.map(lambda x, y: close(x[0], y), mapped, plain)
-    jax.tree.map(lambda x, y: close(x[1], y), mapped, jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*(2 * x for x in qkvw)))
+    jax.tree.map(lambda x, y: close(x[1], y), mapped, compiled(*(2 * x for x in qkvw)))
 
 
 def test_the_gradient_of_a_long_call_is_that_of_its_split(qkvw) -> None:

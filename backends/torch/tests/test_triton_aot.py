@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from rattention.torch.triton.aot import sources
 from rattention.torch.triton.config import config_for
 from rattention.torch.triton.launch import capturing
 from rattention.torch.triton.ring import Ring, step
@@ -25,8 +26,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")
 def test_a_fast_part_builds_without_a_fault(tmp_path):
     """Compiles for two targets in a process of its own: this one may have imported the kernels for the interpreter."""
     out = tmp_path / "aot.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / p) for p in ("spec", "backends/torch"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     only = ["--targets", "sm_90,gfx942", "--dims", "64", "--kernels", "key_grad,carry_states"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *only, "--out", str(out)], env=environment, capture_output=True, text=True
@@ -38,12 +38,19 @@ def test_a_fast_part_builds_without_a_fault(tmp_path):
     assert built["key_grad", "gfx942"]["matrix"]["mfma"] > 0
 
 
+def test_the_record_is_of_the_kernels_as_they_stand():
+    about = json.loads(RECORD.read_text(encoding="utf-8"))["about"]
+    assert about["sources"] == sources(), "kernels or configurations changed: python benchmarks/aot_triton.py"
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("D", [64, 128])
 def test_the_recorded_matrix(target, D):
     """No fault in bfloat16 on any target, for the configurations that the table has now."""
     rows = [
-        r for r in json.loads(RECORD.read_text(encoding="utf-8"))["kernels"] if (r["target"], r["D"]) == (target, D)
+        r
+        for r in json.loads(RECORD.read_text(encoding="utf-8"))["kernels"]
+        if (r["target"], r["D"], r["dtype"], r["variant"]) == (target, D, "bfloat16", "default")
     ]
     tiles = {"local_states": "states", "rotate_keys": "states"}
     config = config_for(target, D, D, torch.bfloat16)

@@ -97,6 +97,11 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
     return about
 
 
+def cost(name: str) -> str:
+    """What a registered backend says that its programs cost: direct, compiled or interpreted."""
+    return str(describe(resolve(name), name).get("cost") or "direct")
+
+
 def runnable(names: list[str] | None = None) -> tuple[list[str], dict[str, str]]:
     """Registered backends that this machine can run, and for each of the others the reason why not.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,6 +91,18 @@ def default_vectors() -> list[str]:
 
 
 def _one(target: str, settings: Any, report: Path | None) -> dict[str, Any]:
+    """Run one backend and print what was found."""
+    from rattention.conformance import reporting
+
+    summary, cases = _run(target, settings, report)
+    reporting.print_outcome(console, summary, cases)
+    if report:
+        console.print(f"report: {report / 'report.html'}", soft_wrap=True)
+    return summary
+
+
+def _run(target: str, settings: Any, report: Path | None) -> tuple[dict[str, Any], Path | None]:
+    """Run one backend under a progress bar; the summary, and the folder of the failing cases."""
     from rattention.conformance import reporting, runner, workers
     from rattention.conformance.reporting.files import write_cases
 
@@ -123,32 +136,48 @@ def _one(target: str, settings: Any, report: Path | None) -> dict[str, Any]:
         write_cases(outcome, cases)
     if report:
         reporting.write_report(outcome, summary, report)
-    reporting.print_outcome(console, summary, cases)
-    if report:
-        console.print(f"report: {report / 'report.html'}", soft_wrap=True)
-    return summary
+    return summary, cases
 
 
 def _all(settings: Any, report: Path | None) -> int:
+    """Every backend that runs here: first the matrix over all of them, then what failed, then the verdicts."""
     from rattention.conformance import reporting
 
     names, absent = backends.runnable()
-    for reason in absent.values():
-        console.print(f"[yellow]cannot run here[/] {escape(reason)}")
-    summaries = [_one(name, settings, report / name if report else None) for name in names]
+    found: list[tuple[dict[str, Any], Path | None]] = []
+    notes = [f"[yellow]cannot run here[/] {escape(reason)}" for reason in absent.values()]
+    for name in names:
+        own = settings
+        if settings.profile != "smoke" and backends.cost(name) == "interpreted":
+            # Kernels under an interpreter take minutes where others take seconds.
+            own = replace(settings, profile="smoke")
+            notes.append(
+                f"{name} runs under an interpreter: smoke here; "
+                f"rattention conform {name} --profile {settings.profile} --seed {settings.seed} runs the rest"
+            )
+        found.append(_run(name, own, report / name if report else None))
+    summaries = [summary for summary, _ in found]
+    if summaries:
+        reporting.print_matrices(console, summaries)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    for summary, cases in found:
+        if not summary["conforming"]:
+            reporting.print_outcome(console, summary, cases)
     if report:
         console.print(f"report: {reporting.write_overview(summaries, absent, report)}", soft_wrap=True)
     table = Table(title="All backends", title_justify="left")
-    for column in ("backend", "verdict", "passed", "failed", "unsupported", "seconds"):
+    for column in ("backend", "profile", "verdict", "passed", "failed", "unsupported", "largest share", "seconds"):
         table.add_column(column)
     for s in summaries:
         verdict = "[green]conforming[/]" if s["conforming"] else "[bold red]not conforming[/]"
         c = s["cases"]
-        table.add_row(
-            s["backend"], verdict, *(str(c[k]) for k in ("passed", "failed", "unsupported")), f"{s['seconds']:.1f}"
-        )
+        shares = [x for by_dtype in s["budget"].values() for outputs in by_dtype.values() for x in outputs.values()]
+        counts = (str(c[k]) for k in ("passed", "failed", "unsupported"))
+        worst, seconds = f"{max(shares, default=0.0):.3g}", f"{s['seconds']:.1f}"
+        table.add_row(s["backend"], s["profile"], verdict, *counts, worst, seconds)
     for name in absent:
-        table.add_row(name, "[yellow]cannot run here[/]", "", "", "", "")
+        table.add_row(name, "", "[yellow]cannot run here[/]")
     console.print(table)
     if not summaries:
         return 2

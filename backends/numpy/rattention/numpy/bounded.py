@@ -126,7 +126,8 @@ class Space:
     """The namespace: the functions of `exact.py` over `Bounded`, for calls of one storage dtype."""
 
     def __init__(self, storage: str):
-        self.u = PRECISION["float64" if storage == "float64" else "float32"].u
+        inside = PRECISION["float64" if storage == "float64" else "float32"]
+        self.u, self.tiny = inside.u, inside.tiny
         half = storage in ("float16", "bfloat16")
         self.operand_u = PRECISION[storage].u if half else 0.0
         self.operand_tiny = PRECISION[storage].tiny if half else 0.0
@@ -145,7 +146,9 @@ class Space:
     def rounded(self, value: np.ndarray, var: Any, roundings: float = 1.0) -> Bounded:
         """A float32 result: `roundings` roundings on top of what was propagated."""
         own = (self.u * UNIFORM) ** 2 * roundings
-        return Bounded(self, value, var + own * np.square(_finite(value)))
+        square = np.square(_finite(value))
+        # Below the smallest normal number a result may be flushed to zero; what is exactly zero stays so.
+        return Bounded(self, value, var + own * square + np.where(square > 0, self.tiny**2 * roundings, 0.0))
 
     def where(self, mask: np.ndarray, x: Bounded) -> Bounded:
         var = np.where(mask, x.var, 0.0) if isinstance(x.var, np.ndarray) else x.var
@@ -224,7 +227,9 @@ class Space:
         sizes = np.abs(x) if product is None else np.abs(product.left) @ np.abs(product.right)
         if product is not None and mask is not None:
             sizes = np.where(mask, sizes, 0.0)
-        var = np.square(self.accumulation(n) * (sizes @ np.abs(y)))
+        sizes = sizes @ np.abs(y)
+        # Each of the n products may be flushed to zero.
+        var = np.square(self.accumulation(n) * sizes + n * self.tiny * (sizes > 0))
         together: Any = 0.0
         if product is not None and self.operand_u:
             var += self._state(product, y, mask, n)
@@ -284,7 +289,8 @@ class Space:
             far = np.maximum(high - clean, clean - low) * np.sqrt(2.0)
             error = np.where(D < 1, clean * rest * np.expm1(np.minimum(D, 1.0)), far) / LAMBDA
             error = np.where(seen & (rest > 0), error, 0.0)
-            own = clean * (EXP * 2 * self.u + self.accumulation(n))
+            # A weight may be flushed to zero twice: as an exponential, and as a quotient.
+            own = clean * (EXP * 2 * self.u + self.accumulation(n)) + 2 * self.tiny * ((clean > 0) & (rest > 0))
         return Bounded(self, p, np.square(error) + np.square(own))
 
     def recomputed(self, p: Bounded, s: Bounded, mask: np.ndarray) -> Bounded:

@@ -17,6 +17,7 @@ FAMILIES = (
     "gradients",
     "segments",
     "cache",
+    "corners",
     "contract",
     "wire",
 )

@@ -19,25 +19,32 @@ ALL = tuple(label for label in load().clauses if not label.startswith(("ERR", "B
 WATCHED = ("BCK-2", "BCK-3", "BCK-4", "ERR-13")
 """Checked on every call of every property, and named here."""
 
-# Cases per size class of (parts, other operations), by profile smoke and quick; full has four times as many.
+# Cases per size class of (parts, other operations), by profile smoke and quick; full has more (`Plan.count`).
 COUNTS = {
     "small": ((6, 60), (18, 240)),
     "medium": ((1, 8), (3, 36)),
     "tile": ((0, 4), (0, 13)),
-    "wide": ((0, 6), (1, 9)),
-    "long": ((0, 1), (0, 2)),
+    "wide": ((0, 12), (1, 18)),
+    "span": ((0, 3), (0, 8)),
+    "long": ((0, 2), (0, 3)),
+    "deep": ((0, 0), (0, 14)),
 }
 # The share of these that backends with costly programs get.
-SHARES = {"small": 0.17, "medium": 0.2, "tile": 0.45, "wide": 0.34, "long": 0.5}
+SHARES = {"small": 0.17, "medium": 0.2, "tile": 0.45, "wide": 0.17, "span": 0.25, "long": 0.34, "deep": 0.2}
+FILLS = ("beyond", "full", "beyond", "mixed")
+"""How full deep caches are: an empty one tests nothing."""
 
 
 def _draw(plan: Plan) -> Iterator[Recipe]:
     for op in supported(plan):
         for size, counts in COUNTS.items():
+            if size == "deep" and not op.startswith("rattention_extend"):
+                continue
             smoke, quick = counts[op.removesuffix(".vjp") not in PARTS]
             number = plan.count(smoke, quick, compiled=SHARES[size]) if (smoke or plan.profile != "smoke") else 0
             if number and quick:
-                yield from recipes(plan, op, size, number, "agreement", lambda r: True)
+                for i, recipe in enumerate(recipes(plan, op, size, number, "agreement", lambda r: True)):
+                    yield recipe.with_(fill=FILLS[i % 4]) if size == "deep" else recipe
 
 
 def _make(plan: Plan, recipe: Recipe) -> Case:

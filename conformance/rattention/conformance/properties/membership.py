@@ -14,12 +14,22 @@ from rattention.conformance.case import Case
 from rattention.conformance.context import Context
 from rattention.conformance.judge import Violation, heat
 from rattention.conformance.masks import Reads, reads
+from rattention.conformance.properties.agreement import FILLS
 from rattention.conformance.properties.base import register
 from rattention.conformance.strategies import Plan, Recipe, build
 from rattention.conformance.strategies.pools import recipes
 
 OPS = ("sliding_window_attention", "residual_linear_attention", "rattention", "rattention_extend")
-SIZES = {"small": (4, 30, 0.14), "medium": (1, 12, 0.17), "tile": (1, 6, 0.34), "long": (0, 3, 0.67)}
+SIZES = {
+    "small": (4, 30, 0.14),
+    "medium": (1, 12, 0.17),
+    "tile": (1, 6, 0.34),
+    "span": (0, 5, 0.2),
+    "long": (0, 4, 0.5),
+    "vast": (0, 2, 0.5),
+    "deep": (0, 10, 0.2),
+}
+"""Cases of smoke and quick by size class, and the share of them that backends with costly programs get."""
 CLAUSES = (
     *("SWA-1", "SWA-5", "SWA-6", "RLA-1", "RLA-6", "RLA-7", "RLA-9", "RAT-2", "RAT-4"),
     *("SEG-1", "SEG-2", "SEG-4", "SEG-7", "EXT-4", "EXT-5", "EXT-6", "EXT-7", "EXT-9", "EXT-10"),
@@ -27,23 +37,27 @@ CLAUSES = (
 
 
 def _draw(plan: Plan) -> Iterator[Recipe]:
-    for op in OPS:
-        if not plan.has(op):
-            continue
-        for size, (smoke, quick, share) in SIZES.items():
-            number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
-            if number:
-                yield from recipes(plan, op, size, number, "membership", lambda r: True, Dv=16)
+    yield from _probes(plan, OPS)
 
 
 def _draw_vjp(plan: Plan) -> Iterator[Recipe]:
-    for op in OPS:
-        if not plan.has(f"{op}.vjp"):
+    yield from _probes(plan, tuple(f"{op}.vjp" for op in OPS))
+
+
+def _probes(plan: Plan, ops: tuple[str, ...]) -> Iterator[Recipe]:
+    for op in ops:
+        if not plan.has(op):
             continue
+        extend = op.startswith("rattention_extend")
         for size, (smoke, quick, share) in SIZES.items():
+            if (size == "deep") != extend and size in ("deep", "vast"):
+                continue  # what a long sequence is to the others, a deep cache is to an extension
+            if plan.cost == "interpreted" and size == "vast":
+                continue
             number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
             if number:
-                yield from recipes(plan, f"{op}.vjp", size, number, "membership", lambda r: True, Dv=16)
+                for i, recipe in enumerate(recipes(plan, op, size, number, "membership", lambda r: True, Dv=16)):
+                    yield recipe.with_(fill=FILLS[i % 4]) if size == "deep" else recipe
 
 
 def marked(recipe: Recipe, total: int, borders: tuple[int, ...]) -> np.ndarray:

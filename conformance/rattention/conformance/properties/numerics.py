@@ -158,10 +158,10 @@ def check_nan(ctx: Context, case: Case) -> list[Violation]:
             continue
         # With an infinite input the order of operations decides between inf and NaN, and the budget says nothing.
         must = np.isnan(value) & ~np.isinf(limit)
+        if case.base_op in OPS:
+            must &= _concerned(case, name, value.shape)
         if name == "out":
             must |= _reached(case, value.shape)
-        elif case.base_op in OPS:
-            must &= _concerned(case, name, value.shape)
         hidden = must & ~np.isnan(got[name].astype(np.float64))
         if hidden.any():
             at = tuple(int(i) for i in np.argwhere(hidden)[0])
@@ -200,33 +200,50 @@ def _reached(case: Case, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _concerned(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Where the NaN of an output can be demanded: an element that no live query ties to the NaN may be a clean 0.
+    """Where the NaN of an output can be demanded: the NaN is tied to the element by sets of tokens that are not empty.
 
-    A state holds whatever was folded into it; gradients are demanded of the queries and tokens that met the NaN.
+    A query with nothing to read is 0 whatever it holds (SWA-5, RLA-7), and so is the gradient of a token that nobody
+    reads: implementations that select give 0 there, those that multiply give NaN, and both are right. A state holds
+    whatever was folded into it; gradients are demanded of the queries and tokens that met the NaN.
     """
     some = np.zeros(shape, bool)
     tensor, (b, t, _, _) = case.params["tensor"], case.params["at"]
     who = reads(case.tensors, case.attrs["window"])
-    if not case.is_vjp:
-        W = case.tensors["cache_k"].shape[1] if "cache_k" in case.tensors else 0
-        token = t if tensor.startswith("cache_") else W + t
-        some[b] = tensor not in ("q", "d_out") and (name in ("cache_k", "cache_v") or bool(who.folded[b, token]))
-        return some
-    either = who.softmax | who.linear
+    # The sets of the branches that the operation has.
+    either = np.zeros_like(who.softmax)
+    if case.base_op != BRANCHES[1]:
+        either |= who.softmax
+    if case.base_op != BRANCHES[0]:
+        either |= who.linear
     W = case.tensors["cache_k"].shape[1] if "cache_k" in case.tensors else 0
+    token = t if tensor.startswith("cache_") else W + t
+    reading = either[b].any(-1) | (who.live[b] & _reads_state(case))
+    if not case.is_vjp:
+        if name == "out":
+            some[b, reading] = True
+        else:
+            some[b] = tensor not in ("q", "d_out") and (name in ("cache_k", "cache_v") or bool(who.folded[b, token]))
+        return some
     if tensor in ("q", "d_out"):
-        tokens, queries = either[b, t], np.arange(shape[1] if len(shape) == 4 else 0) == t
+        tokens, queries = either[b, t], np.arange(either.shape[1]) == t
     else:
-        token = t if tensor.startswith("cache_") else W + t
         queries = either[b, :, token]
         tokens = (np.arange(either.shape[2]) == token) & queries.any()
     if name == "d_q":
-        some[b, queries & either[b].any(-1)] = True
+        some[b, queries & reading] = True
     elif name in ("d_k", "d_v"):
         some[b, tokens[W:]] = True
     elif name in ("d_cache_k", "d_cache_v"):
         some[b, tokens[:W]] = True
     return some
+
+
+def _reads_state(case: Case) -> bool:
+    """Whether every live query reads a state, so that it has something to read whatever its window holds."""
+    t = case.tensors
+    if case.base_op == BRANCHES[0]:
+        return False
+    return "memory" in t or "cache_state" in t or ("initial_state" in t and "segment_ids" not in t)
 
 
 # ---------------------------------------------------------------------------------------------- extremes

@@ -47,6 +47,28 @@ def print_outcome(console: Console, report: dict[str, Any], folder: Path | None)
     )
 
 
+def print_matrices(console: Console, reports: list[dict[str, Any]]) -> None:
+    """Operation x backend over several reports: pass where every dtype that was tested passed."""
+    table = Table(title="operation x backend", title_justify="left")
+    table.add_column("group")
+    table.add_column("operation")
+    for report in reports:
+        table.add_column(escape(report["backend"]))
+    last = ""
+    for op, about in load().operations.items():
+        cells = []
+        for report in reports:
+            row = report["matrix"][op]
+            failed = [dtype for dtype, status in row.items() if status == "FAIL"]
+            passed = [dtype for dtype, status in row.items() if status == "pass"]
+            status = "FAIL" if failed else "pass" if passed else next(iter(row.values()))
+            some = failed if failed and len(failed) < len(row) else passed if 0 < len(passed) < len(row) else []
+            cells.append(f"[{STYLE[status]}]{status}[/]" + (f" ({', '.join(some)})" if some else ""))
+        table.add_row("" if about.group == last else about.group, op, *cells)
+        last = about.group
+    console.print(table)
+
+
 def _matrix(report: dict[str, Any]) -> Table:
     table = Table(title=escape(f"{report['backend']}: operation x dtype"), title_justify="left")
     table.add_column("group")

@@ -81,7 +81,12 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
 
 
 def reach(recipe: Recipe) -> int:
-    """How many tokens beyond its window a cache may have seen, and how far positions may lie."""
+    """How many tokens beyond its window a cache may have seen, and how far positions may lie.
+
+    Without a rotary table the count is bounded by int32 alone: beyond 2^24 float32 cannot count.
+    """
+    if not recipe.has("rope"):
+        return 2**27 if recipe.has("far") else 40
     return 3000 if recipe.has("far") else 40
 
 
@@ -99,8 +104,16 @@ def table_rows(recipe: Recipe, ints: dict[str, np.ndarray]) -> int:
 
 
 def rope_tables(recipe: Recipe, rows: int) -> dict[str, np.ndarray]:
-    """True tables of a small base, so that even neighbouring positions differ plainly."""
-    theta = float(recipe.rng("theta").choice([10.0, 100.0, 10000.0]))
+    """True tables of a small base, so that even neighbouring positions differ plainly; or angles without any order.
+
+    Under true tables only differences of positions count, so those that do not restart, or start elsewhere, are right.
+    A table is an input: any angle may stand at any position, and then each must be looked up where the spec says.
+    """
+    rng = recipe.rng("theta")
+    theta = float(rng.choice([10.0, 100.0, 10000.0, np.nan]))
+    if np.isnan(theta):
+        angle = rng.uniform(-np.pi, np.pi, (rows, recipe.D // 2))
+        return {"rope_cos": np.cos(angle), "rope_sin": np.sin(angle)}
     angle = np.arange(rows)[:, None] * theta ** (-2.0 * np.arange(recipe.D // 2) / recipe.D)
     return {"rope_cos": np.cos(angle), "rope_sin": np.sin(angle)}
 

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-LAYOUTS = ("one", "pair", "tile", "many", "left", "right", "middle", "both", "empty", "mixed")
+LAYOUTS = ("one", "pair", "tile", "many", "left", "right", "middle", "both", "dense", "empty", "mixed")
 FILLS = ("empty", "partial", "full", "beyond", "mixed")
 
 
@@ -35,6 +35,10 @@ def _row(kind: str, T: int, rng: np.random.Generator, tiles: tuple[int, ...]) ->
     live = end - begin
     if kind in ("one",) or live <= 1:
         cuts = np.array([], int)
+    elif kind == "dense":
+        # Documents of one to three tokens: dozens in a row, many of them shorter than any window.
+        cuts = begin + np.cumsum(rng.integers(1, 4, live))
+        cuts = cuts[cuts < end]
     elif kind == "tile":
         borders = [c + d for t in tiles or (4, 8) for c in range(t, T, t) for d in (-1, 0, 1) if 0 < c + d < T]
         cuts = np.unique(rng.choice(borders or [T // 2], min(3, max(1, len(borders)))))

@@ -70,7 +70,7 @@ class Plan:
 
     def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
         """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""
-        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 4 * quick}[self.profile]
+        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 3 * quick}[self.profile]
         return number if self.cost == "direct" else max(1 if compiled else 0, round(number * compiled))
 
     def rng(self, *purpose: Any) -> np.random.Generator:
@@ -134,38 +134,65 @@ def tokens(plan: Plan, size: str) -> list[int]:
     if size == "tile":
         return beside([*tiles, *(2 * t for t in tiles)], 12, 300 if plan.cost == "direct" else 140) or [33, 64, 65]
     if size == "wide":
-        return [3, 6, 9]
+        return [3, 6, 9, 70] if plan.cost != "interpreted" else [3, 6, 9]
     if plan.cost == "interpreted":
         return [150, 261]
-    return [1030, 1047, 1090]
+    if size == "span":
+        return [150, 160, 192, 200, 255, 256, 257, 300, 320, 384, 511, 512, 513, 640]
+    if size == "vast":
+        return [2060, 2081, 2114]
+    return [1024, 1030, 1047, 1090, 1088, 1025, *([1536, 2050] if plan.profile == "full" else [])]
 
 
-def channels(plan: Plan, size: str, *, even: bool) -> list[int]:
+WIDE = {"below 64": (24, 33, 40, 48), "up to 128": (64, 80, 96, 128), "above 128": (129, 160, 192, 256)}
+"""Head dims of the size class "wide", in strata that every storage dtype meets."""
+
+
+def channels(plan: Plan, size: str, bag: Bag, dtype: str, *, even: bool) -> int:
     """D for a size class."""
-    declared = [d for d in beside(plan.tiles.get("D", ()), 1, 160)]
+    if size == "wide":
+        stratum = bag.pick(f"D of {dtype}", [*WIDE, "declared"])
+        declared = beside(plan.tiles.get("D", ()), 8, 257) or [64]
+        levels = [d for d in WIDE.get(stratum, declared) if not (even and d % 2)]
+        return bag.pick(f"D {stratum} even={even}", levels)
     levels = {
         "small": [1, 2, 3, 4, 4, 5, 6, 8],
         "medium": [2, 4, 7, 8, 12, 16],
         "tile": [4, 6, 8, 16],
-        "wide": [24, 33, 40, 64, 80, 96, 128, 160, *declared],
+        "span": [4, 6, 8],
         "long": [4, 6],
+        "deep": [2, 4, 8],
+        "vast": [2, 4],
     }[size]
-    return [d for d in levels if d % 2 == 0] if even else levels
+    return bag.pick(f"D even={even}", [d for d in levels if d % 2 == 0] if even else levels)
+
+
+def value_channels(size: str, bag: Bag, dtype: str, D: int) -> int:
+    """Dv for a size class: as D, below it and above it."""
+    if size == "wide":
+        stratum = bag.pick(f"Dv of {dtype}", ["D", "small", "middle", "large"])
+        small, middle, large = [3, 16, 40], [65, 96, 128], [130, 160, 200, 256]
+        return bag.pick(f"Dv {stratum}", {"D": [D], "small": small, "middle": middle, "large": large}[stratum])
+    return bag.pick("Dv", [D, 3, 5, 8, 2, 4, 1])
 
 
 def windows(plan: Plan, T: int, size: str, draw: np.random.Generator) -> list[int | None]:
     """Windows at, below and above T, 0, -1, None, and beside the tiles."""
     inside = [int(draw.integers(1, max(T - 1, 2))), int(draw.integers(1, max(T // 2, 2))), max(T // 3, 1)]
     levels: list[int | None] = [-1, 0, 1, 2, *inside, *inside, max(T - 2, 0), T - 1, T, T + 1, None]
+    if size == "vast":
+        return [None, 2049, 2055, T - 3, 1500]
     if size == "long":
-        return [0, 3, -1, 64, 127, T // 2, 511, T - 6, None, T]
+        return [0, 3, -1, 64, 127, T // 2, 511, T - 6, None, None, T, 17]
+    if size == "span":
+        return [0, 1, 3, -1, 17, 40, 63, 64, 65, 127, 128, 129, T // 2, T - 6, None, None, 100, 13, 254]
     if size == "tile":
         sizes = plan.tiles.get("window") or plan.token_tiles() or (16, 32, 64)
         levels = [*beside(sizes, 0, max(T, 1)), *inside, -1, 0, None]
     return levels
 
 
-POOL = {"small": 8, "medium": 2, "tile": 1, "wide": 1, "long": 1}
+POOL = {"small": 8, "medium": 2, "tile": 1, "wide": 1, "span": 1, "long": 1, "deep": 1, "vast": 1}
 """Signatures of each operation and size class, where every new one costs the compilation of a program."""
 SETS = 4
 """Sets of values drawn for each signature of the pool."""
@@ -175,7 +202,7 @@ def pool(plan: Plan, op: str, size: str) -> list[Recipe]:
     """The signatures that all properties share, the same in every run of a profile."""
     rng = np.random.default_rng((PROFILES.index(plan.profile), zlib.crc32(f"{op} {size}".encode())))
     bag = Bag(rng)
-    number = {"smoke": 0.5, "quick": 1.0, "full": 4.0}[plan.profile] * POOL[size]
+    number = {"smoke": 0.5, "quick": 1.0, "full": 2.0}[plan.profile] * POOL[size]
     number *= 0.6 if op.removesuffix(".vjp") in ("feature_map", "rms_mix", "rope_table") else 1.0
     return [_signature(plan, op, size, rng, bag, {}) for _ in range(max(1, round(number)))]
 
@@ -246,6 +273,30 @@ def outside(name: str, value: Any, bound: Any) -> str:
     return ""
 
 
+HEADS: dict[str, list[tuple[int, int]]] = {
+    "small": [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (1, 8), (2, 3), (1, 4), (2, 4), (1, 5), (4, 1), (1, 6),
+              (1, 7), (3, 4), (8, 1), (1, 16), (2, 8), (5, 2)],
+    "few": [(1, 1), (1, 2), (2, 1), (1, 3)],
+    "wide": [(1, 1), (1, 2), (2, 1), (1, 3), (2, 2), (1, 8)],
+    "span": [(1, 1), (1, 1), (1, 2), (2, 1), (1, 1), (1, 3)],
+    "long": [(1, 1), (1, 1), (1, 1), (1, 2), (1, 1), (2, 1)],
+    "vast": [(1, 1)],
+}  # fmt: skip
+"""(Hkv, G) by size class; "few" where a class is not named."""
+HEADS["medium"] = HEADS["small"][:13]
+ROWS = {
+    "small": (1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 4, 4, 5, 9),
+    "medium": (1, 2, 2, 3),
+    "span": (1, 1, 1, 2),
+    "long": (1,),
+    "vast": (1,),
+    "deep": (1, 2, 2, 3),
+}
+"""B by size class."""
+SLOTS = {"long": (100,), "span": (0, 40, 130), "deep": (40, 130, 300, 600, 1030, 1100, 2060, 4200)}
+"""Slots of a cache at window None, by size class."""
+
+
 def _free_signature(
     plan: Plan, op: str, size: str, rng: np.random.Generator, bag: Bag, fixed: dict[str, Any]
 ) -> Recipe:
@@ -261,36 +312,31 @@ def _free_signature(
     if "options" in fixed:
         options = list(fixed["options"])
     T = fixed.get("T", bag.pick("T", _extend_tokens(plan, size) if extend else tokens(plan, size)))
-    even = "rope" in options or base == "rope_table"
-    D = bag.pick(f"D even={even}", channels(plan, size, even=even))
-    heads = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (3, 1), (1, 8), (2, 3), (1, 4), (2, 4), (1, 5), (4, 1), (1, 6)]
-    if size in ("long", "tile", "wide"):
-        heads = [(1, 1), (1, 2), (2, 1), (1, 3), *([(2, 2), (1, 8)] if size == "wide" else [])]
-    if size == "long":
-        heads = [(1, 1), (1, 1), (1, 2)]
-    Hkv, G = bag.pick("heads", heads)
+    dtype = bag.pick("dtype", plan.dtypes)
+    D = channels(plan, size, bag, dtype, even="rope" in options or base == "rope_table")
+    Hkv, G = bag.pick("heads", HEADS.get(size, HEADS["few"]))
     if extend:
         window = bag.pick("window", _extend_windows(plan, size, rng))
+    elif size in ("long", "span", "vast"):
+        window = bag.pick("window class", windows(plan, 1000 if size == "long" else T, size, rng))
     else:
-        window = bag.pick("window class", windows(plan, 1000, size, rng)) if size == "long" else None
-        if size != "long":
-            levels = windows(plan, T, size, rng)
-            window = levels[bag.pick(f"window of {len(levels)}", range(len(levels)))]
+        levels = windows(plan, T, size, rng)
+        window = levels[bag.pick(f"window of {len(levels)}", range(len(levels)))]
     recipe = Recipe(
         op=op,
-        dtype=bag.pick("dtype", plan.dtypes),
-        B=bag.pick("B", [1, 2, 2, 3] if size in ("small", "medium") else [1, 1, 2] if size != "long" else [1]),
+        dtype=dtype,
+        B=bag.pick("B", ROWS.get(size, (1, 1, 2))),
         T=T,
         Hkv=Hkv,
         G=G,
         D=D,
-        Dv=bag.pick("Dv", [D, 3, 5, 8, 2, 4, 1] if size != "wide" else [D, 16, 65, 96]),
+        Dv=value_channels(size, bag, dtype, D),
         window=window if window is None else max(window, -1),
         feature_map=bag.pick("feature_map", ["softmax", "relu", "identity"]),
         scale=float(bag.pick("scale", [0.25, 1.0, -0.75, 0.0, 2.0, 0.5])) if "scale" in options else None,
-        eps=bag.pick("eps", [1e-6, 1e-6, 1e-2, 1e-5]),
+        eps=bag.pick("eps", [1e-6, 1e-6, 1e-2, 1e-5, 1.0]),
         options=tuple(o for o in options if o != "scale"),
-        slots=0 if window is not None else 600 if size == "long" else bag.pick("slots", [0, 1, 4, 7]),
+        slots=0 if window is not None else bag.pick("slots", SLOTS.get(size, (0, 1, 4, 7))),
         weights=bag.pick("weights", ["float32", "storage", "mixed"]),
     )
     return recipe.with_(**{k: v for k, v in fixed.items() if k != "T"})
@@ -302,7 +348,9 @@ def _values(plan: Plan, recipe: Recipe, rng: np.random.Generator, bag: Bag, fixe
         flags.append("rows")
     drawn = {
         "family": bag.pick("family", [*FAMILIES, "normal"]),
-        "layout": bag.pick("layout", ["mixed", "mixed", "pair", "tile", "many", "left", "middle", "empty"]),
+        "layout": bag.pick(
+            "layout", ["mixed", "mixed", "pair", "tile", "many", "left", "middle", "dense", "one", "empty"]
+        ),
         "fill": bag.pick("fill", ["mixed", "mixed", "beyond", "partial", "full", "empty"]),
         "seed": int(rng.integers(0, 2**31)),
         "options": recipe.options + tuple(flags),
@@ -311,23 +359,31 @@ def _values(plan: Plan, recipe: Recipe, rng: np.random.Generator, bag: Bag, fixe
 
 
 def _extend_tokens(plan: Plan, size: str) -> list[int]:
+    slow = plan.cost == "interpreted"
     return {
         "small": [1, 1, 2, 3, 4, 5, 7, 9, 0],
         "medium": [1, 2, 12, 16, 17, 33],
         "tile": [*beside(plan.token_tiles() or (16, 32, 64), 1, 70), 1, 1],
         "wide": [1, 3, 6],
-        "long": [1, 2, 1030] if plan.cost != "interpreted" else [1, 150],
+        "span": [150, 192, 256, 257, 300, 512, 513] if not slow else [1, 150],
+        "long": [1030, 1, 1040] if not slow else [1, 150],
+        "deep": [1, 1, 2, 5, 1, 17],
+        "vast": [1, 3],
     }[size]
 
 
 def _extend_windows(plan: Plan, size: str, rng: np.random.Generator) -> list[int | None]:
     w = int(rng.integers(1, 8))
+    slow = plan.cost == "interpreted"
     return {
         "small": [-1, 0, 1, 2, 3, w, w, 6, 9, None],
         "medium": [-1, 0, 1, w, 11, 16, 17, 40, None],
         "tile": [*beside(plan.tiles.get("window") or (16, 32, 64), 1, 70), None],
         "wide": [-1, 0, 2, w, None],
-        "long": [3, 511, 1029, 1030, None] if plan.cost != "interpreted" else [3, 130],
+        "span": [-1, 0, 5, 63, 64, 100, 129, 256, None] if not slow else [3, 130],
+        "long": [3, 200, 17, None] if not slow else [3, 130],
+        "deep": [100, 128, 255, 256, 511, 512, 1023, 1024, 2047, 2050, None, None, None] if not slow else [100, 130],
+        "vast": [2050, 4100, None] if not slow else [260],
     }[size]
 
 

@@ -6,6 +6,8 @@ instructions from the binary and its assembly. No GPU and no driver is needed.
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -33,6 +35,26 @@ _MATRIX = {
     "wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma": r"(?<!w)(?<!g)\bmma\.sync", "mfma": r"v_mfma_",
 }  # fmt: skip
 _POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
+
+
+KERNEL_SOURCES = (
+    "attention", "config", "decode", "features", "key_grad", "output_grad", "query_grad", "residue_grad", "rotary",
+    "states", "tiles",
+)  # fmt: skip
+"""Modules whose code decides what is built."""
+
+
+def sources() -> str:
+    """A digest of the kernels' code and configurations; comments, docstrings and layout do not enter it."""
+    digest = hashlib.sha256()
+    for name in KERNEL_SOURCES:
+        tree = ast.parse((Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+                node.body = [x for x in node.body if not isinstance(getattr(x, "value", None), ast.Constant)
+                             or not isinstance(x, ast.Expr)]  # fmt: skip
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

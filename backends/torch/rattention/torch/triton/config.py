@@ -96,7 +96,7 @@ _AMD_64 = _table(
 )  # fmt: skip
 _AMD_128 = _table(
     attend=(64, 32, 8, 1, 16), output_grad=(64, 32, 8, 1), query_grad=(64, 32, 4, 1), residue_grad=(32, 32, 4, 1),
-    key_grad=(32, 64, 8, 1), states=(64, 64, 4, 1), decode=(16, 64, 4, 1), split_residue=True,
+    key_grad=(32, 32, 4, 1), states=(64, 64, 4, 1), decode=(16, 64, 4, 1), split_residue=True,
 )  # fmt: skip
 _NVIDIA_64 = _table(
     attend=(64, 64, 4, 2), output_grad=(64, 64, 8, 2), query_grad=(64, 64, 8, 2), residue_grad=(64, 64, 8, 2),
@@ -104,19 +104,26 @@ _NVIDIA_64 = _table(
 )  # fmt: skip
 _NVIDIA_128 = _table(
     attend=(64, 64, 8, 2), output_grad=(64, 64, 8, 2), query_grad=(64, 64, 8, 2), residue_grad=(64, 64, 8, 2),
-    key_grad=(32, 64, 8, 2), states=(64, 64, 8, 2), split_residue=True,
+    key_grad=(32, 64, 8, 2), states=(64, 64, 8, 2), decode=(16, 32, 4, 3), split_residue=True,
 )  # fmt: skip
 
 _BFLOAT16: dict[tuple[str, int], Config] = {
-    ("sm_80", 64): _NVIDIA_64,
-    ("sm_80", 128): _NVIDIA_128,
+    # Operands of mma.sync stand in registers, those of wgmma and tcgen05 in shared memory: smaller tiles on sm_80.
+    ("sm_80", 64): replace(
+        _NVIDIA_64, query_grad=Tile(64, 32, 4, 2), residue_grad=Tile(64, 32, 4, 2), key_grad=Tile(32, 64, 4, 2),
+        split_residue=True,
+    ),
+    ("sm_80", 128): replace(
+        _NVIDIA_128, query_grad=Tile(32, 64, 8, 2), residue_grad=Tile(32, 32, 8, 2), key_grad=Tile(64, 32, 8, 2),
+        states=Tile(64, 32, 8, 2),
+    ),
     ("sm_90", 64): replace(
         _NVIDIA_64, attend=Tile(128, 64, 8, 2), output_grad=Tile(128, 64, 8, 2), query_grad=Tile(64, 64, 4, 2),
         key_grad=Tile(64, 128, 8, 2),
     ),
     ("sm_90", 128): replace(_NVIDIA_128, attend=Tile(128, 64, 8, 2)),
     ("sm_100", 64): _NVIDIA_64,
-    ("sm_100", 128): _NVIDIA_128,
+    ("sm_100", 128): replace(_NVIDIA_128, key_grad=Tile(64, 64, 8, 1)),
     ("gfx942", 64): _AMD_64,
     ("gfx942", 128): _AMD_128,
     ("gfx950", 64): _AMD_64,

@@ -56,7 +56,7 @@ def finish(
     store_values(out + (b * Hkv + h) * G * DV, g * DV, g < G, o, DV, DVP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode(
     q,  # [B, Hq, D] storage, contiguous
     k, v,  # [B, Hkv, D], [B, Hkv, Dv] storage, contiguous: the new token
@@ -68,7 +68,7 @@ def decode(
     swa_weight, rla_weight, cos, sin, q_scale, k_scale, memory,
     out,  # [B, Hq, Dv] storage
     partial,  # [B, Hkv, SPLITS, R, 2 DVP + 2] float32 or None
-    W, slots, Hkv, G, M, scale_log2, eps,
+    W, slots, Hkv, G, M, splits, scale_log2, eps,
     D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, SPLITS: tl.constexpr, MAP: tl.constexpr, SOFT: tl.constexpr, FOLD_FIRST: tl.constexpr,
     MOVING: tl.constexpr, HAS_ACTIVE: tl.constexpr, HAS_MEMORY: tl.constexpr, HAS_ROPE: tl.constexpr,
@@ -113,7 +113,8 @@ def decode(
     acc_l = tl.zeros([R, DVP], tl.float32)
     s_at = (b * Hkv + h) * (F * DV)
     for j in tl.static_range(NF):
-        if j % SPLITS == split:
+        # The condition is left to run time: without a branch between them the tiles' registers overlap, and spill.
+        if j % splits == split:
             s = load_state(state + s_at, j % ND, j // ND, D, DB, ND, DV, DVP)
             enters = tl.where(entering[:, None], tl.trans(f_old[j]) * up(v_old), 0.0)
             if FOLD_FIRST:
@@ -163,8 +164,8 @@ def decode(
             kt = load_blocks(ring_k + at * D, tile * (Hkv * D), real, D, DB, ND)
             vt = load_values(ring_v + at * DV, tile * (Hkv * DV), real, DV, DVP)
             if HAS_ROPE:
-                y = rotate(scaled(kt, q, False, D, DB, ND), cos, sin, position, real, M, False, D, DB, ND)
-                kt = blocks_as(y, ND, NARROW)
+                turned = rotate(scaled(kt, q, False, D, DB, ND), cos, sin, position, real, M, False, D, DB, ND)
+                kt = blocks_as(turned, ND, NARROW)
             logits = tl.where(real[None, :], scores(qr, kt, scale_log2, ND, NARROW, PRECISION), -float("inf"))
             m, l, acc_s = softmax_step(logits, vt, m, l, acc_s, NARROW, PRECISION)
 
@@ -181,10 +182,11 @@ def decode(
         width: tl.constexpr = 2 * DVP + 2
         at = partial + (((b * Hkv + h) * SPLITS + split) * R + g) * width
         cols = tl.arange(0, DVP)
-        tl.store(at, m)
-        tl.store(at + 1, l)
-        tl.store(at[:, None] + 2 + cols[None, :], acc_s)
-        tl.store(at[:, None] + 2 + DVP + cols[None, :], acc_l)
+        exists = g < G
+        tl.store(at, m, mask=exists)
+        tl.store(at + 1, l, mask=exists)
+        tl.store(at[:, None] + 2 + cols[None, :], acc_s, mask=exists[:, None])
+        tl.store(at[:, None] + 2 + DVP + cols[None, :], acc_l, mask=exists[:, None])
 
 
 @triton.jit
@@ -201,6 +203,7 @@ def combine(
     if HAS_ACTIVE:
         live = tl.load(active + b) > 0
     g = tl.arange(0, R)
+    exists = g < G
     cols = tl.arange(0, DVP)
     width: tl.constexpr = 2 * DVP + 2
     acc_s = tl.zeros([R, DVP], tl.float32)
@@ -209,14 +212,15 @@ def combine(
     l = tl.zeros([R], tl.float32)
     for split in range(0, SPLITS):
         at = partial + (((b * Hkv + h) * SPLITS + split) * R + g) * width
-        acc_l += tl.load(at[:, None] + 2 + DVP + cols[None, :])
+        acc_l += tl.load(at[:, None] + 2 + DVP + cols[None, :], mask=exists[:, None], other=0.0)
         if SOFT:
-            other = tl.load(at)
+            other = tl.load(at, mask=exists, other=0.0)
             top = tl.maximum(m, other)
             shift = tl.where(top == -float("inf"), 0.0, top)
             mine = tl.exp2(m - shift)
             theirs = tl.exp2(other - shift)
-            l = l * mine + tl.load(at + 1) * theirs
-            acc_s = acc_s * mine[:, None] + tl.load(at[:, None] + 2 + cols[None, :]) * theirs[:, None]
+            l = l * mine + tl.load(at + 1, mask=exists, other=0.0) * theirs
+            x = tl.load(at[:, None] + 2 + cols[None, :], mask=exists[:, None], other=0.0)
+            acc_s = acc_s * mine[:, None] + x * theirs[:, None]
             m = top
     finish(acc_s, l, acc_l, g, live, swa_weight, rla_weight, out, h, b, Hkv, G, eps, DV, DVP, SOFT)

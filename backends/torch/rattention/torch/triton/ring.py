@@ -78,7 +78,10 @@ def _launch(
     config = configuration(q, D, Dv)
     G, W = Hq // Hkv, max(window, 0)
     R = power_of_two(G)
-    NF = sizes.ND if feature_map == "identity" else 2 * sizes.ND
+    # Blocks of at most 32 channels: a tile of the state is float32, and stands in registers beside its successor.
+    DB = min(sizes.DB, 32)
+    ND = sizes.ND * (sizes.DB // DB)
+    NF = ND if feature_map == "identity" else 2 * ND
     splits = _splits(q, B * Hkv, NF)
     out = torch.empty(B, 1, Hq, Dv, dtype=q.dtype, device=q.device)
     partial = None
@@ -93,9 +96,9 @@ def _launch(
     launch(
         decode, B * Hkv * splits,
         q.contiguous(), k.contiguous(), v.contiguous(), ring_k, ring_v, state, next_state, length, active, *weights,
-        *optional, out, partial, W, ring_k.shape[1], Hkv, G, 0 if rope_cos is None else rope_cos.shape[0],
+        *optional, out, partial, W, ring_k.shape[1], Hkv, G, 0 if rope_cos is None else rope_cos.shape[0], splits,
         (1.0 / math.sqrt(D) if scale is None else scale) / math.log(2.0), eps,
-        D=D, DB=sizes.DB, ND=sizes.ND, BN=tile.keys, MAP=feature_map, FOLD_FIRST=window == -1, MOVING=moving,
+        D=D, DB=DB, ND=ND, BN=tile.keys, MAP=feature_map, FOLD_FIRST=window == -1, MOVING=moving,
         HAS_MEMORY=memory is not None, HAS_ROPE=rope_cos is not None, HAS_Q_SCALE=q_scale is not None,
         HAS_K_SCALE=k_scale is not None, **sizes.precision, **common, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip

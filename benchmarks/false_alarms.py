@@ -1,0 +1,146 @@
+"""Runs of the suite against the honest backends under fresh seeds, written to benchmarks/results/false_alarms.json.
+
+    python benchmarks/false_alarms.py [BACKEND ...] [--runs 20] [--profile full] [--seeds N ...] [--append]
+
+Every run must end conforming: an alarm is a fault of the suite, of the reference or of the backend, and its cases are
+kept under report/false-alarms. For each backend: the seeds, the verdicts, units, seconds, and the largest share of the
+error budget that any run used, per operation and dtype. Exit code 1 where a run raised an alarm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import secrets
+import statistics
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "false_alarms.json"
+PATHS = [str(ROOT / p) for p in ("spec", "backends/numpy", "backends/torch", "backends/jax", "conformance")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("backends", nargs="*", default=["numpy", "torch", "jax"])
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--profile", default="full", choices=["smoke", "quick", "full"])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seeds", type=int, nargs="*", help="instead of fresh ones")
+    parser.add_argument("--append", action="store_true", help="add to the runs that the output file holds")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    # Worker processes import the suite too.
+    sys.path[:0] = PATHS
+    os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # one core per worker
+
+    seeds = options.seeds or [secrets.randbelow(2**31) for _ in range(options.runs)]
+    told: list[dict[str, Any]] = []
+    if options.append and options.output.exists():
+        told = json.loads(options.output.read_text(encoding="utf-8"))["runs"]
+    for seed in seeds:  # a seed after the other, so that a run that is cut short has all backends
+        for backend in options.backends:
+            told.append(one(backend, options.profile, seed, options.workers))
+            write(told, options.output)
+    return 1 if any(not run["conforming"] for run in told) else 0
+
+
+def one(backend: str, profile: str, seed: int, workers: int) -> dict[str, Any]:
+    """One run, and what it found."""
+    from rattention.conformance import reporting
+    from rattention.conformance.cli import default_vectors
+    from rattention.conformance.reporting.files import write_cases
+    from rattention.conformance.runner import Settings, conform
+
+    outcome = conform(backend, Settings(profile, seed, vectors=tuple(default_vectors()), workers=workers))
+    summary = reporting.summarise(outcome)
+    alarms = [v["message"] for f in summary["failures"] for v in f["violations"]]
+    if not outcome.conforming:
+        write_cases(outcome, ROOT / "report" / "false-alarms" / f"{backend}-{profile}-{seed}")
+    shares = {
+        op: {dtype: max(outputs.values()) for dtype, outputs in by_dtype.items()}
+        for op, by_dtype in summary["budget"].items()
+    }
+    verdict = "conforming" if outcome.conforming else "ALARM"
+    print(f"{backend:12} {profile:6} seed {seed:10} {verdict}, {summary['cases']['total']} units, "
+          f"{outcome.seconds:.0f} s", flush=True)  # fmt: skip
+    for alarm in alarms:
+        print(f"    {alarm}", flush=True)
+    return {
+        "backend": backend,
+        "profile": profile,
+        "seed": seed,
+        "conforming": outcome.conforming,
+        "units": summary["cases"]["total"],
+        "failed": summary["cases"]["failed"],
+        "calls": summary["cases"]["calls"],
+        "seconds": round(outcome.seconds, 1),
+        "alarms": alarms,
+        "commit": commit(),
+        "shares": shares,
+    }
+
+
+def write(runs: list[dict[str, Any]], path: Path) -> None:
+    """All runs, and per backend and profile what they add up to."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["backend"], run["profile"]), []).append(run)
+    table = []
+    for (backend, profile), mine in groups.items():
+        worst: dict[str, dict[str, float]] = {}
+        for run in mine:
+            for op, cells in run["shares"].items():
+                for dtype, share in cells.items():
+                    cell = worst.setdefault(op, {})
+                    cell[dtype] = max(cell.get(dtype, 0.0), share)
+        table.append(
+            {
+                "backend": backend,
+                "profile": profile,
+                "runs": len(mine),
+                "alarms": sum(not run["conforming"] for run in mine),
+                "units": sum(run["units"] for run in mine),
+                "seconds_median": statistics.median(run["seconds"] for run in mine),
+                "largest_share": worst,
+            }
+        )
+    summary = {
+        "python": platform.python_version(),
+        "versions": versions(),
+        "cpus": os.cpu_count(),
+        "summary": table,
+        "runs": runs,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the backends stand on."""
+    found = {}
+    for name in ("numpy", "ml_dtypes", "torch", "jax", "jaxlib"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout, marked where files differ from it; "" outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
