@@ -39,8 +39,8 @@ INTERPRETED = Config(chunk=32, blocks=1, heads=8, backward_heads=8, tiles=4)
 # A little below what a core has: 16 MiB on v4, 64 on v5p, 128 on v5e and v6e.
 _MEMORY = {"v4": 15 * 2**20, "v5e": 100 * 2**20, "v5p": 60 * 2**20, "v6e": 100 * 2**20}
 
-# Frozen: from benchmarks/results/tpu_search.json, by (generation, head dim, storage dtype). Wide heads and float32, whose
-# products are six passes, take fewer blocks: their programs are longer, and m gains less where the matrix units are full.
+# Frozen: from benchmarks/results/tpu_search.json, by (generation, head dim, storage dtype). Wide heads and
+# float32, whose products are six passes, make long programs that compile slowly: fewer blocks for them, without a search.
 _DEFAULTS: dict[tuple[str, int, str], dict[str, int]] = {
     (generation, dim, dtype): fields
     for generation in GENERATIONS
