@@ -40,7 +40,7 @@ INTERPRETED = Config(chunk=32, blocks=1, heads=8, backward_heads=8, tiles=4)
 _MEMORY = {"v4": 15 * 2**20, "v5e": 100 * 2**20, "v5p": 60 * 2**20, "v6e": 100 * 2**20}
 
 # Frozen: from benchmarks/results/tpu_search.json, by (generation, head dim, storage dtype). Wide heads and
-# float32, whose products are six passes, make long programs that compile slowly: fewer blocks for them, without a search.
+# float32, whose products are six passes, make long programs that compile slowly: fewer blocks, without a search.
 _DEFAULTS: dict[tuple[str, int, str], dict[str, int]] = {
     (generation, dim, dtype): fields
     for generation in GENERATIONS
