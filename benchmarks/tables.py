@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py [--check]
 
-A table stands between `<!-- results: NAME -->` and `<!-- end -->`; without its file of results the place stays as it is.
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`; without its results the place stays as it is.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def mutants(told: dict[str, Any]) -> str:
         tests = sorted({name for row in mine for name in row["killed_by"]})
         body.append((kind, str(len(mine)), f"{least} of {seeds}", f"`{hardest['mutant']}`", ", ".join(tests)))
     head = (
-        f"{told['mutants']} mutants, {seeds} fresh seeds of {told['profile']}: {told['always_killed']} died under every "
-        f"seed; in fewer than nine tenths: {', '.join(told['weak']) or 'none'}.\n\n"
+        f"{told['mutants']} mutants, {seeds} fresh seeds of {told['profile']}: {told['always_killed']} died under "
+        f"every seed; in fewer than nine tenths: {', '.join(told['weak']) or 'none'}.\n\n"
     )
     return head + rows(("class", "mutants", "least killed", "hardest", "tests that killed"), body)
 
