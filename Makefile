@@ -5,6 +5,8 @@ STAMP := .venv/.installed
 DOCS_STAMP := .venv/.docs
 ROOTS := spec:backends/numpy:backends/torch:backends/jax:conformance
 JOBS ?= 2
+# A GPU's own installation of torch, triton and jax, rather than .venv.
+GPU = PYTHONPATH=$(ROOTS) $(PYTHON)
 
 .PHONY: help conform test lint docs bench gpu mutants vectors clean
 .DEFAULT_GOAL := help
@@ -25,6 +27,17 @@ lint: $(STAMP) ## ruff and pyright
 
 bench: $(STAMP) ## CPU ratios, written to benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/cpu.py
+
+gpu: ## on this machine's GPU, by $(PYTHON): benchmarks/results/gpu.json, native conformance into report/gpu
+	@$(GPU) benchmarks/gpu.py --check
+	@failed=; \
+	$(GPU) benchmarks/gpu.py || failed="$$failed benchmark"; \
+	$(GPU) -m rattention.conformance.cli conform torch-triton --profile full --report report/gpu/torch-triton \
+	  || failed="$$failed torch-triton"; \
+	if $(GPU) -c "import jax; jax.devices('gpu')" 2>/dev/null; then \
+	  $(GPU) -m rattention.conformance.cli conform jax --profile full --report report/gpu/jax || failed="$$failed jax"; \
+	else echo "jax has no GPU here: its suite was not run on one"; fi; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 docs: $(DOCS_STAMP) ## the site, into site/; warnings are errors
 	PYTHONPATH=spec $(BIN)/python docs/build.py site

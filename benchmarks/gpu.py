@@ -1,139 +1,57 @@
 """The Triton kernels on a GPU: agreement, determinism, time and memory, beside what they replace. `make gpu`.
 
-    PYTHONPATH=spec:backends/torch python benchmarks/gpu.py [--minutes 8] [--quick] [--out benchmarks/results/gpu.json]
+    python benchmarks/gpu.py [--minutes 8] [--quick] [--out benchmarks/results/gpu.json]
+    python benchmarks/gpu.py --dry-run --out FILE        every line on the CPU, interpreted: nothing is measured
 
-Needs torch with a CUDA or ROCm device and triton; nothing else of this repository but the roots above. In one run, on
-one device, it
+Needs torch with a CUDA or ROCm device and triton. In one run, on one device, it
 
-1. measures the device: copy bandwidth and bfloat16 matmul rate (the roofline that shares refer to);
-2. compares the kernels with the eager form, all operations and gradients, and reruns each configuration 30 times:
-   the results must be equal bit for bit;
-3. times forward and forward + backward with CUDA events against FlexAttention with a window of 4096 and of 512,
-   full causal scaled_dot_product_attention, and the unfused composition: FlexAttention 512, a chunked linear-attention
-   kernel (flash-linear-attention where installed, else our own linear branch alone), feature maps and norms in eager
-   PyTorch;
-4. times decoding in place at batch 1 to 256 against the bytes of ring and state.
+1. compiles what follows, in several processes at once: Triton's and Inductor's caches on disk carry it over;
+2. measures the device: copy bandwidth and bfloat16 matmul rate (the roofline that shares refer to);
+3. compares the kernels with the eager form in the timed configuration and reruns it 30 times: equal bit for bit;
+4. times forward and forward + backward with CUDA events against FlexAttention with a window of 4096 and of 512, full
+   causal scaled_dot_product_attention and the unfused compositions of gpu_rivals.py, with peak memory;
+5. times decoding in place at batch 1 to 256 against the bytes of ring and state;
+6. compares and reruns every other configuration.
 
 Steps stop when the time is up; what was measured is written as JSON with a plot beside it. Exit status 1 where the
-kernels disagree or are not deterministic.
+kernels disagree or are not deterministic, 2 without a device.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import statistics
+import os
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from gpu_device import DEVICE, DRY, ROOT, SHAPE, Clock, inputs, milliseconds, normal, peak_bytes, reason, roofline
+
+import torch  # isort: skip  # after gpu_device, which decides for the interpreter before triton is imported
 import triton
+from gpu_counts import least
+from gpu_plot import plot
+from gpu_rivals import compositions, flex, full_causal
 from rattention.torch.eager.operations import EAGER
 from rattention.torch.triton import Ring, operations, step
 from rattention.torch.triton.config import config_for, device_kind
 from torch import Tensor
 
-DEVICE = torch.device("cuda")
-HQ, HKV, D, WINDOW = 16, 4, 128, 511
-ATTRIBUTES: dict[str, Any] = {"window": WINDOW, "scale": None, "feature_map": "softmax", "eps": 1e-6}
-
-
-class Clock:
-    """Seconds left of the budget."""
-
-    def __init__(self, minutes: float):
-        self.end = time.monotonic() + 60 * minutes
-
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-
-def milliseconds(run: Callable[[], Any], clock: Clock, repeats: int = 20) -> float | None:
-    """Median of CUDA-event timings, the cache flushed between runs; None where it fails or the time is up."""
-    if clock.left() < 5:
-        return None
-    try:
-        run()
-        torch.cuda.synchronize()
-        began = time.monotonic()
-        run()
-        torch.cuda.synchronize()
-        repeats = max(3, min(repeats, int(2.0 / max(time.monotonic() - began, 1e-5))))
-        flush = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
-        pairs = []
-        for _ in range(repeats):
-            flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            pairs.append((start, stop))
-        torch.cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) for a, b in pairs)
-    except Exception as error:  # a competitor that does not run here is reported, not hidden
-        print(f"    failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", flush=True)
-        torch.cuda.synchronize()
-        return None
-
-
-def peak_bytes(run: Callable[[], Any]) -> int | None:
-    """Bytes allocated at the peak of `run`, beyond those held before it."""
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    except Exception:
-        return None
-
-
-# ---------------------------------------------------------------------------------------------------- inputs
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE).to(dtype)
-
-
-def inputs(
-    B: int, T: int, dtype: torch.dtype = torch.bfloat16, D: int = D, Hq: int = HQ, Hkv: int = HKV
-) -> dict[str, Tensor]:
-    angle = torch.arange(T, device=DEVICE)[:, None] * 1e4 ** (-torch.arange(0, D, 2, device=DEVICE) / D)
-    return {
-        "q": normal(B, T, Hq, D, dtype=dtype, seed=1),
-        "k": normal(B, T, Hkv, D, dtype=dtype, seed=2),
-        "v": normal(B, T, Hkv, D, dtype=dtype, seed=3),
-        "swa_weight": 1 + 0.1 * normal(Hq, D, dtype=torch.float32, seed=4),
-        "rla_weight": 1 + 0.1 * normal(Hq, D, dtype=torch.float32, seed=5),
-        "rope_cos": angle.cos(),
-        "rope_sin": angle.sin(),
-        "q_scale": 1 + 0.1 * normal(D, dtype=torch.float32, seed=6),
-        "k_scale": 1 + 0.1 * normal(D, dtype=torch.float32, seed=7),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------- 1. device
-
-
-def roofline(clock: Clock) -> dict[str, Any]:
-    """Copy bandwidth in bytes/s (read + written) and dense bfloat16 matmul rate in operations/s."""
-    source = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
-    target = torch.empty_like(source)
-    a, b = normal(8192, 8192), normal(8192, 8192, seed=1)
-    copy = milliseconds(lambda: target.copy_(source), clock)
-    matmul = milliseconds(lambda: a @ b, clock)
-    return {
-        "copy_bytes_per_s": 2 * source.numel() / (copy / 1e3) if copy else None,
-        "matmul_ops_per_s": 2 * 8192**3 / (matmul / 1e3) if matmul else None,
-    }
-
-
-# ---------------------------------------------------------------------------------------------------- 2. agreement
+ATTRIBUTES: dict[str, Any] = {"window": SHAPE.window, "scale": None, "feature_map": "softmax", "eps": 1e-6}
+BOUNDS = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 4e-2}
+"""Relative error (Frobenius norm) to the eager form in float32 that agreement allows: a sign of life. The judge of
+numerics is `rattention conform`."""
+CASES = [("bfloat16", 128, 100), ("bfloat16", 64, 100), ("bfloat16", 128, -1), ("float16", 128, 100),
+         ("float32", 64, 100), ("bfloat16", 256, 100), ("float16", 64, 100), ("float32", 128, 100),
+         ("bfloat16", 80, 100), ("float16", 256, 100), ("float32", 256, 100)]  # fmt: skip
+LENGTHS, BATCHES = (8192, 2048, 32768, 65536), (64, 1, 16, 256, 4, 128)
+if DRY:
+    CASES, LENGTHS, BATCHES = [("float32", 16, 10)], (64,), (2,)
 
 
 def values_and_gradients(implementation: Any, x: dict[str, Tensor], attributes: dict[str, Any]) -> list[Tensor]:
@@ -144,266 +62,259 @@ def values_and_gradients(implementation: Any, x: dict[str, Tensor], attributes: 
     return [out.detach(), state.detach(), *torch.autograd.grad(loss, wanted)]
 
 
-def agreement(clock: Clock, quick: bool) -> list[dict[str, Any]]:
-    """Relative error (Frobenius norm) to the eager form in float32, and bit-equality of 30 reruns."""
-    cases = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64), (torch.float16, 64),
-             (torch.float32, 128), (torch.float16, 128), (torch.bfloat16, 256), (torch.float32, 256),
-             (torch.bfloat16, 80)]  # fmt: skip
-    bounds = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-    rows = []
-    for dtype, dim in cases[: 3 if quick else None]:
-        for window in (100, -1) if dim == 64 else (100,):
-            if clock.left() < 60:
-                return rows
-            attributes = {**ATTRIBUTES, "window": window}
-            x = inputs(2, 777, dtype, dim, 4, 2)
-            exact = values_and_gradients(EAGER, {n: t.float() for n, t in x.items()}, attributes)
-            entry: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "D": dim, "window": window}
-            try:
-                got = values_and_gradients(operations, x, attributes)
-                pairs = zip(got, exact, strict=True)
-                errors = [((g.float() - e).norm() / e.norm().clamp_min(1e-20)).item() for g, e in pairs]
-                entry |= {"worst_relative_error": max(errors), "agrees": max(errors) <= bounds[dtype]}
-                again = [values_and_gradients(operations, x, attributes) for _ in range(4 if quick else 29)]
-                entry["reruns_equal"] = all(torch.equal(a, b) for r in again for a, b in zip(r, got, strict=True))
-            except Exception as error:
-                entry |= {"agrees": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
-            print(f"  {entry}", flush=True)
-            rows.append(entry)
-    return rows
+def agreement(dtype: str, D: int, window: int, reruns: int) -> dict[str, Any]:
+    """Error to the eager form, and bit-equality of reruns. T divides by 16 as the timed lengths do, so that the same
+    programs run, and by no larger tile."""
+    attributes = {**ATTRIBUTES, "window": window}
+    T, Hq, Hkv = (48, 4, 1) if DRY else (784, 8, 2)
+    x = inputs(2, T, getattr(torch, dtype), D, Hq, Hkv)
+    entry: dict[str, Any] = {"dtype": dtype, "D": D, "window": window}
+    try:
+        exact = values_and_gradients(EAGER, {n: t.float() for n, t in x.items()}, attributes)
+        got = values_and_gradients(operations, x, attributes)
+        pairs = zip(got, exact, strict=True)
+        errors = [((g.float() - e).norm() / e.norm().clamp_min(1e-20)).item() for g, e in pairs]
+        entry |= {"worst_relative_error": max(errors), "agrees": max(errors) <= BOUNDS[dtype]}
+        again = (values_and_gradients(operations, x, attributes) for _ in range(reruns - 1))
+        entry["reruns"] = reruns
+        entry["reruns_equal"] = all(torch.equal(a, b) for r in again for a, b in zip(r, got, strict=True))
+    except Exception as error:
+        entry |= {"agrees": False, "error": reason(error)}
+    print(f"  {entry}", flush=True)
+    return entry
 
 
-# ---------------------------------------------------------------------------------------------------- 3. prefill
+# ---------------------------------------------------------------------------------------------------- prefill
 
 
-def heads_first(x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x[n].transpose(1, 2).contiguous() for n in "qkv")  # type: ignore[return-value]
-
-
-def flex(window: int, T: int) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def mask(b: Any, h: Any, q: Any, kv: Any) -> Any:
-        return (q >= kv) & (q - kv < window)
-
-    block = create_block_mask(mask, None, None, T, T, device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block, enable_gqa=True)  # type: ignore[return-value]
-
-
-def full_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-
-def linear_kernel() -> tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """A chunked linear-attention kernel on features: [B, T, H, F], [B, T, H, F], [B, T, H, Dv]."""
-    if importlib.util.find_spec("fla") is not None:
-        from fla.ops.linear_attn import chunk_linear_attn  # pyright: ignore[reportMissingImports]
-
-        def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            G = q.shape[2] // k.shape[2]
-            k, v = k.repeat_interleave(G, 2), v.repeat_interleave(G, 2)
-            return chunk_linear_attn(q, k, v, scale=1.0, normalize=False)[0]
-
-        return "flash-linear-attention", chunked
-
-    def own(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return operations["residual_linear_attention"](q, k, v, window=-1, feature_map="identity")[0]
-
-    return "own linear branch alone", own
-
-
-def unfused(T: int) -> tuple[str, Callable[[dict[str, Tensor]], Tensor]]:
-    name, linear = linear_kernel()
-    window = flex(WINDOW + 1, T)
-
-    def features(x: Tensor, scale: Tensor) -> Tensor:
-        y = x.float() * scale
-        return torch.cat((y.softmax(-1), (-y).softmax(-1)), -1).to(x.dtype)
-
-    def rms(x: Tensor, weight: Tensor) -> Tensor:
-        y = x.float()
-        return weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6))
-
-    def run(x: dict[str, Tensor]) -> Tensor:
-        q, k, v = x["q"], x["k"], x["v"]
-        swa = window(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
-        # The residue starts WINDOW + 1 tokens late: the features of keys and values are shifted by that much.
-        shift = WINDOW + 1
-        fk, late = features(k, x["k_scale"])[:, :-shift], v[:, :-shift]
-        pad = (0, 0, 0, 0, shift, 0)
-        fk, late = torch.nn.functional.pad(fk, pad), torch.nn.functional.pad(late, pad)
-        rla = linear(features(q, x["q_scale"]), fk, late)
-        return (rms(swa, x["swa_weight"]) + rms(rla, x["rla_weight"])).to(q.dtype)
-
-    return name, run
-
-
-def forward_and_backward(run: Callable[[], Tensor], leaves: list[Tensor], d: Tensor) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(run(), leaves, d)
-
-
-def prefill(T: int, clock: Clock, rates: dict[str, Any]) -> dict[str, Any]:
-    B = max(1, 32768 // T)
-    x = inputs(B, T)
+def candidates(T: int) -> tuple[int, dict[str, tuple[Callable[[], Any], Callable[[], Any]]]]:
+    """B, and for each candidate its forward and its forward + backward on a batch of B rows of T tokens."""
+    B = max(1, SHAPE.tokens // T)
+    x = inputs(B, T, torch.bfloat16, SHAPE.D, SHAPE.Hq, SHAPE.Hkv)
     train = {n: t.detach().requires_grad_(not n.startswith("rope")) for n, t in x.items()}
-    q, k, v = heads_first(x)
-    tq, tk, tv = (t.detach().requires_grad_() for t in (q, k, v))
-    d, d_first = normal(B, T, HQ, D, seed=9), normal(B, HQ, T, D, seed=9)
     leaves = [t for t in train.values() if t.requires_grad]
-    result: dict[str, Any] = {"B": B, "T": T, "Hq": HQ, "Hkv": HKV, "D": D, "window": WINDOW}
-    result |= {"ms": {}, "peak_bytes": {}}
-
-    def measure(name: str, make: Callable[[], tuple[Callable[[], Tensor], Callable[[], Any]]]) -> None:
-        if clock.left() < 30:
-            return
-        try:
-            once, both = make()
-        except Exception as error:
-            print(f"    {name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
-            return
-        with torch.no_grad():
-            forward = milliseconds(once, clock)
-        training = milliseconds(both, clock)
-        result["ms"][name] = {"forward": forward, "forward_backward": training}
-        result["peak_bytes"][name] = peak_bytes(both)
-        print(f"  T {T}: {name}: {forward} ms, {training} ms", flush=True)
+    q, k, v = (x[n].transpose(1, 2).contiguous() for n in "qkv")
+    first = [t.detach().requires_grad_() for t in (q, k, v)]
+    d = normal(B, T, SHAPE.Hq, SHAPE.D, seed=9)
+    d_first = d.transpose(1, 2).contiguous()
 
     def ours(t: dict[str, Tensor]) -> Tensor:
         return operations["rattention"](**t, **ATTRIBUTES)[0]
 
-    def pair(run: Callable[..., Tensor]) -> tuple[Callable[[], Tensor], Callable[[], Any]]:
-        return lambda: run(q, k, v), forward_and_backward(lambda: run(tq, tk, tv), [tq, tk, tv], d_first)
+    def whole(run: Callable[[dict[str, Tensor]], Tensor]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        return lambda: run(x), lambda: torch.autograd.grad(run(train), leaves, d)
 
-    def composition() -> tuple[Callable[[], Tensor], Callable[[], Any]]:
-        result["linear_kernel"], run = unfused(T)
-        used = [t for n, t in train.items() if not n.startswith("rope")]
-        return lambda: run(x), forward_and_backward(lambda: run(train), used, d)
+    def attention(run: Callable[..., Tensor]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        return lambda: run(q, k, v), lambda: torch.autograd.grad(run(*first), first, d_first)
 
-    measure("rattention", lambda: (lambda: ours(x), forward_and_backward(lambda: ours(train), leaves, d)))
-    measure("flex 4096", lambda: pair(flex(4096, T)))
-    measure("flex 512", lambda: pair(flex(512, T)))
-    measure("sdpa causal", lambda: pair(full_causal))
-    measure("unfused", composition)
+    found = {"rattention": whole(ours)}
+    for total in (SHAPE.wide, SHAPE.window + 1):
+        found[f"flex {total}"] = attention(flex(total, T))
+    found["sdpa causal"] = attention(full_causal)
+    return B, found | {name: whole(run) for name, run in compositions(T).items()}
+
+
+def prefill(T: int, clock: Clock, rates: dict[str, Any]) -> dict[str, Any]:
+    B, runs = candidates(T)
+    result: dict[str, Any] = {"B": B, "T": T, "ms": {}, "host_ms": {}, "peak_bytes": {}}
+    for name, (once, both) in runs.items():
+        if clock.left() < 20:
+            break
+        with torch.no_grad():
+            forward = milliseconds(once, clock)
+        training = milliseconds(both, clock)
+        result["ms"][name] = {"forward": forward, "forward_backward": training}
+        if training is not None:
+            began = time.perf_counter()
+            both()
+            result["host_ms"][name] = 1e3 * (time.perf_counter() - began)
+            result["peak_bytes"][name] = peak_bytes(both)
+        print(f"  T {T}: {name}: {forward} ms, {training} ms", flush=True)
     own = result["ms"].get("rattention", {})
-    result["speedup"] = {
-        name: {k: t[k] / own[k] for k in ("forward", "forward_backward") if t.get(k) and own.get(k)}
-        for name, t in result["ms"].items()
-        if name != "rattention"
-    }
-    result["share_of_roofline"] = share(result, rates)
+    keys = [k for k in ("forward", "forward_backward") if own.get(k)]
+    rivals = {name: t for name, t in result["ms"].items() if name != "rattention"}
+    result["speedup"] = {name: {k: t[k] / own[k] for k in keys if t.get(k)} for name, t in rivals.items()}
+    result["share_of_roofline"] = {k: share(B * T * SHAPE.Hq, own[k], k, rates) for k in keys}
     return result
 
 
-def share(result: dict[str, Any], rates: dict[str, Any]) -> dict[str, float]:
-    """Least time of the forward (operations or bytes, whichever bound is later) over the measured one."""
-    B, T, ms = result["B"], result["T"], result["ms"].get("rattention", {}).get("forward")
-    if not ms or not rates.get("matmul_ops_per_s") or not rates.get("copy_bytes_per_s"):
-        return {}
-    F = 2 * D
-    per_query = 4 * D * min(WINDOW + 1, T) + 2 * F * D
-    operations_done = B * T * (HQ * per_query + HKV * 2 * F * D)
-    moved = 2 * B * T * D * (2 * HQ + 2 * HKV)
-    floor = {"compute": operations_done / rates["matmul_ops_per_s"], "memory": moved / rates["copy_bytes_per_s"]}
-    return {name: 1e3 * seconds / ms for name, seconds in floor.items()}
+def share(rows: int, ms: float, what: str, rates: dict[str, Any]) -> dict[str, float]:
+    """Least time of `rows` (token, query head) pairs by operations and by bytes, over the measured one."""
+    found = {}
+    for name, rate in (("operations", "matmul_ops_per_s"), ("memory", "copy_bytes_per_s")):
+        per_row = least(SHAPE.window, SHAPE.Hq // SHAPE.Hkv, SHAPE.D, SHAPE.D)
+        parts = ["forward"] if what == "forward" else ["forward", "backward"]
+        if rates.get(rate):
+            found[name] = 1e3 * rows * sum(per_row[p][name] for p in parts) / rates[rate] / ms
+    return found
 
 
-# ---------------------------------------------------------------------------------------------------- 4. decode
+# ---------------------------------------------------------------------------------------------------- decode
 
 
 def decode(batch: int, clock: Clock, rates: dict[str, Any]) -> dict[str, Any]:
-    ring = Ring(
-        normal(batch, WINDOW + 1, HKV, D), normal(batch, WINDOW + 1, HKV, D, seed=1),
-        normal(batch, HKV, 2 * D, D, dtype=torch.float32), torch.full((batch,), 3000, dtype=torch.int32, device=DEVICE),
-    )  # fmt: skip
-    x = inputs(1, 16384)
-    q, k, v = normal(batch, 1, HQ, D), normal(batch, 1, HKV, D), normal(batch, 1, HKV, D)
+    """Time of one step of one layer: a graph of several layers, each with a ring and state of its own, so that none is
+    in the cache from the step before."""
+    W, Hkv, D = SHAPE.window, SHAPE.Hkv, SHAPE.D
+    moved = batch * Hkv * (W * 2 * D * 2 + 2 * 2 * D * D * 4)
+    layers = 2 if DRY else max(4, min(64, (256 << 20) // moved))
+    x = inputs(1, 4096 if DRY else 16384, torch.bfloat16, D, SHAPE.Hq, Hkv)
+    rings = [
+        Ring(
+            normal(batch, W + 1, Hkv, D), normal(batch, W + 1, Hkv, D, seed=1),
+            normal(batch, Hkv, 2 * D, D, dtype=torch.float32),
+            torch.full((batch,), 3000, dtype=torch.int32, device=DEVICE),
+        )
+        for _ in range(layers)
+    ]  # fmt: skip
+    q, k, v = normal(batch, 1, SHAPE.Hq, D), normal(batch, 1, Hkv, D), normal(batch, 1, Hkv, D)
     extra: dict[str, Any] = {n: x[n] for n in ("rope_cos", "rope_sin", "q_scale", "k_scale")}
 
     def run() -> None:
-        step(ring, q, k, v, x["swa_weight"], x["rla_weight"], window=WINDOW, **extra)
+        for ring in rings:
+            step(ring, q, k, v, x["swa_weight"], x["rla_weight"], window=W, **extra)
 
     run()
-    ring.length.fill_(3000)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    ms = milliseconds(graph.replay, clock)
-    moved = batch * HKV * (WINDOW * 2 * D * 2 + 2 * 2 * D * D * 4)
+    replay: Callable[[], Any] = run
+    if not DRY:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        replay = graph.replay
+    ms = milliseconds(replay, clock)
     rate = rates.get("copy_bytes_per_s")
-    share_of_copy = moved / (ms / 1e3) / rate if ms and rate else None
-    entry = {"batch": batch, "ms": ms, "bytes": moved, "share_of_copy": share_of_copy}
+    entry = {"batch": batch, "ms": ms and ms / layers, "bytes": moved, "layers": layers}
+    entry["share_of_copy"] = moved / (entry["ms"] / 1e3) / rate if ms and rate else None
     print(f"  decode {entry}", flush=True)
     return entry
 
 
-# ---------------------------------------------------------------------------------------------------- report
+# ---------------------------------------------------------------------------------------------------- order of work
 
 
-def plot(report: dict[str, Any], path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed")
-        return
-    import matplotlib
+def warm(what: str) -> None:
+    """Run one part once, so that it is compiled."""
+    kind, *rest = what.split(":")
+    if kind == "case":
+        agreement(rest[0], int(rest[1]), int(rest[2]), 1)
+    elif kind == "prefill":
+        for once, both in candidates(int(rest[0]))[1].values():
+            with torch.no_grad():
+                once()
+            both()
+    else:
+        decode(int(rest[0]), Clock(0), {})
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5))
-    for axis, key in zip(axes, ("forward", "forward_backward"), strict=False):
-        names = dict.fromkeys(n for r in report["prefill"] for n in r["ms"])
-        for name in names:
-            points = [(r["T"], 1e6 * r["ms"][name][key] / (r["B"] * r["T"])) for r in report["prefill"]
-                      if r["ms"].get(name, {}).get(key)]  # fmt: skip
-            axis.plot(*zip(*points, strict=True), marker="o", label=name) if points else None
-        axis.set(xscale="log", yscale="log", xlabel="T", ylabel="ns per token", title=key.replace("_", " + "))
-        axis.legend()
-    points = [(r["batch"], 100 * r["share_of_copy"]) for r in report["decode"] if r["share_of_copy"]]
-    if points:
-        axes[2].plot(*zip(*points, strict=True), marker="o")
-    axes[2].axhline(75, linestyle="--", color="grey")
-    axes[2].set(xscale="log", xlabel="batch", ylabel="% of copy bandwidth", title="decode", ylim=(0, 105))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def warm_all(quick: bool, seconds: float) -> float:
+    """All parts, each in a process of its own, a few at a time. Returns the seconds taken."""
+    began = time.monotonic()
+    cases, lengths = (CASES[:3], LENGTHS[:1]) if quick else (CASES, LENGTHS)
+    parts = [f"prefill:{T}" for T in lengths] + [f"case:{d}:{D}:{w}" for d, D, w in cases]
+    parts += [f"decode:{b}" for b in BATCHES[: 1 if quick else None]]
+    memory = torch.cuda.get_device_properties(DEVICE).total_memory
+    slots = max(1, min((os.cpu_count() or 2) // 2, memory // (8 << 30), 8))
+    running: list[subprocess.Popen[bytes]] = []
+    while (parts or running) and time.monotonic() - began < seconds:
+        running = [p for p in running if p.poll() is None]
+        while parts and len(running) < slots:
+            command = [sys.executable, __file__, "--warm", parts.pop(0)]
+            running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        time.sleep(0.2)
+    for process in running:
+        process.kill()
+        process.wait()
+    return time.monotonic() - began
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def targets(report: dict[str, Any]) -> dict[str, Any]:
+    """What DESIGN asks for: the number reached, where measured, beside it."""
+    speedup = next((r["speedup"] for r in report["prefill"] if r["T"] == LENGTHS[0]), {})
+    wide, apart = speedup.get(f"flex {SHAPE.wide}", {}), speedup.get("unfused", {})
+    found = {
+        f"forward over flex {SHAPE.wide}": (3.0, wide.get("forward")),
+        f"forward + backward over flex {SHAPE.wide}": (2.5, wide.get("forward_backward")),
+        "forward over unfused": (2.5, apart.get("forward")),
+        "forward + backward over unfused": (2.5, apart.get("forward_backward")),
+        "decode, share of copy": (0.75, next((r["share_of_copy"] for r in report["decode"] if r["batch"] == 64), None)),
+    }
+    return {n: {"target": t, "reached": x, "met": None if x is None else x >= t} for n, (t, x) in found.items()}
+
+
+def measure(report: dict[str, Any], clock: Clock, quick: bool, write: Callable[[], None]) -> None:
+    reruns = 2 if DRY else 5 if quick else 30
+    report["roofline"] = roofline(clock)
+    print(report["device"], report["roofline"], flush=True)
+    report["agreement"].append(agreement(*CASES[0], reruns))
+    write()
+    for i in range(max(len(LENGTHS), len(BATCHES))):
+        if quick and i:
+            break
+        if i < len(LENGTHS) and clock.left() > 40:
+            report["prefill"].append(prefill(LENGTHS[i], clock, report["roofline"]))
+        if i < len(BATCHES) and clock.left() > 15:
+            report["decode"].append(decode(BATCHES[i], clock, report["roofline"]))
+        write()
+    for case in CASES[1 : 3 if quick else None]:
+        if clock.left() > 15:
+            report["agreement"].append(agreement(*case, reruns))
+            write()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Agreement, determinism and speed of the Triton kernels on this GPU.")
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--quick", action="store_true", help="few shapes and reruns")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gpu.json")
+    parser.add_argument("--quick", action="store_true", help="one shape, few reruns")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, interpreted, tiny: measures nothing")
+    parser.add_argument("--check", action="store_true", help="say whether a device is here and do nothing else")
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/gpu.json")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA or ROCm device here: nothing was measured")
+    if DRY and options.out is None:
+        parser.error("--dry-run needs --out: what it writes are no results")
+    if not DRY and not torch.cuda.is_available():
+        print("benchmarks/gpu.py: no CUDA or ROCm device here, nothing was measured", file=sys.stderr)
         return 2
+    if options.check:
+        return 0
+    if options.warm:
+        warm(options.warm)
+        return 0
     clock = Clock(options.minutes)
+    out = options.out or ROOT / "benchmarks/results/gpu.json"
     kind = device_kind(DEVICE)
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "kind": kind, "torch": torch.__version__, "triton": triton.__version__,
-        "config": str(config_for(kind, D, D, torch.bfloat16)), "roofline": roofline(clock), "prefill": [], "decode": [],
+        "dry_run": DRY, "commit": commit(), "device": "none" if DRY else torch.cuda.get_device_name(), "kind": kind,
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+        "cuda": torch.version.cuda, "hip": torch.version.hip,
+        "config": str(config_for(kind, SHAPE.D, SHAPE.D, torch.bfloat16)),
+        "shape": {"Hq": SHAPE.Hq, "Hkv": SHAPE.Hkv, "D": SHAPE.D, "window": SHAPE.window, "dtype": "bfloat16"},
+        "agreement": [], "prefill": [], "decode": [],
     }  # fmt: skip
-    print(report["device"], report["roofline"], flush=True)
 
     def write() -> None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        report["targets"] = targets(report)
+        report["seconds_left"] = clock.left()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    report["agreement"] = agreement(clock, options.quick)
-    write()
-    for T in (8192,) if options.quick else (8192, 2048, 32768, 65536):
-        if clock.left() > 45:
-            report["prefill"].append(prefill(T, clock, report["roofline"]))
-            write()
-    for batch in (64,) if options.quick else (64, 1, 4, 16, 128, 256):
-        if clock.left() > 10:
-            report["decode"].append(decode(batch, clock, report["roofline"]))
+    if not DRY:
+        report["compile_seconds"] = warm_all(options.quick, 0.35 * 60 * options.minutes)
+    measure(report, clock, options.quick, write)
     report["prefill"].sort(key=lambda r: r["T"])
     report["decode"].sort(key=lambda r: r["batch"])
-    report["seconds_left"] = clock.left()
     write()
-    plot(report, options.out.with_suffix(".png"))
+    plot(report, out.with_suffix(".png"))
+    for name, x in report["targets"].items():
+        print(f"{name}: {x['reached']}, target {x['target']}")
     bad = [r for r in report["agreement"] if not r["agrees"] or not r.get("reruns_equal")]
-    print(f"written to {options.out}; {len(bad)} of {len(report['agreement'])} configurations disagree or are unstable")
+    print(f"written to {out}; {len(bad)} of {len(report['agreement'])} configurations disagree or are unstable")
     return 1 if bad else 0
 
 
