@@ -105,6 +105,28 @@ def test_float64_when_enabled(qkvw) -> None:
         rattention(*(np.asarray(x, np.float64) for x in qkvw), window=W)
 
 
+def test_second_derivatives(qkvw) -> None:
+    """Through the scan's own derivative: reverse over reverse and forward over reverse, against differences."""
+    with jax.enable_x64(True):
+        q, *others = (jnp.asarray(np.asarray(x[:1]), jnp.float64) for x in qkvw[:3])
+        weights = [jnp.asarray(np.asarray(x), jnp.float64) for x in qkvw[3:]]
+        gradient = jax.grad(lambda q: jnp.sum(jnp.sin(rattention(q, *others, *weights, window=W))))
+        u = jnp.asarray(rng.standard_normal(q.shape))
+
+        @jax.jit
+        def products(q: jax.Array) -> Any:
+            first, forward = jax.jvp(gradient, (q,), (u,))
+            return first, forward, jax.grad(lambda q: jnp.vdot(gradient(q), u))(q)
+
+        _, forward, reverse = products(q)
+        numeric = (products(q + 1e-6 * u)[0] - products(q - 1e-6 * u)[0]) / 2e-6
+        scale = float(jnp.abs(numeric).max())
+        np.testing.assert_allclose(forward, numeric, rtol=0, atol=1e-7 * scale)
+        np.testing.assert_allclose(reverse, forward, rtol=0, atol=1e-11 * scale)
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(lambda q: rattention(q, *others, *weights, window=W), (q,), (u,))
+
+
 def test_decode_with_a_donated_cache(qkvw) -> None:
     q, k, v, a, b = qkvw
     expected, state = rattention(q, k, v, a, b, window=W, return_final_state=True)

@@ -27,7 +27,7 @@ SIZES = {
     "span": (0, 5, 0.2),
     "long": (0, 4, 0.5),
     "vast": (0, 2, 0.5),
-    "deep": (0, 10, 0.2),
+    "deep": (0, 12, 0.2),
 }
 """Cases of smoke and quick by size class, and the share of them that backends with costly programs get."""
 CLAUSES = (

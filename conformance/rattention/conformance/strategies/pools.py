@@ -19,6 +19,8 @@ from rattention.spec import load
 
 PROFILES = ("smoke", "quick", "full")
 COSTS = ("direct", "compiled", "interpreted")
+INTERPRETED = 0.5
+"""Cases of an interpreted backend, as a share of those of a compiled one."""
 BY_NAME = {"jax": "compiled", "torch-triton": "interpreted", "jax-pallas": "interpreted"}
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -71,7 +73,8 @@ class Plan:
     def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
         """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""
         number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 3 * quick}[self.profile]
-        return number if self.cost == "direct" else max(1 if compiled else 0, round(number * compiled))
+        share = {"direct": 1.0, "compiled": compiled, "interpreted": INTERPRETED * compiled}[self.cost]
+        return max(1 if share else 0, round(number * share)) if number else 0
 
     def rng(self, *purpose: Any) -> np.random.Generator:
         """A stream of its own for each purpose, from the run's seed."""
@@ -284,6 +287,8 @@ HEADS: dict[str, list[tuple[int, int]]] = {
 }  # fmt: skip
 """(Hkv, G) by size class; "few" where a class is not named."""
 HEADS["medium"] = HEADS["small"][:13]
+INTERPRETED_HEADS = [(1, 1), (1, 2), (2, 1), (1, 3), (1, 1), (1, 8), (2, 2)]
+"""Under an interpreter every program of a grid, so every row and every key/value head, costs its own time."""
 ROWS = {
     "small": (1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 4, 4, 5, 9),
     "medium": (1, 2, 2, 3),
@@ -293,7 +298,7 @@ ROWS = {
     "deep": (1, 2, 2, 3),
 }
 """B by size class."""
-SLOTS = {"long": (100,), "span": (0, 40, 130), "deep": (40, 130, 300, 600, 1030, 1100, 2060, 4200)}
+SLOTS = {"long": (100,), "span": (0, 40, 130), "deep": (130, 600, 1100, 2060, 4200)}
 """Slots of a cache at window None, by size class."""
 
 
@@ -314,7 +319,7 @@ def _free_signature(
     T = fixed.get("T", bag.pick("T", _extend_tokens(plan, size) if extend else tokens(plan, size)))
     dtype = bag.pick("dtype", plan.dtypes)
     D = channels(plan, size, bag, dtype, even="rope" in options or base == "rope_table")
-    Hkv, G = bag.pick("heads", HEADS.get(size, HEADS["few"]))
+    Hkv, G = bag.pick("heads", HEADS.get(size, HEADS["few"]) if plan.cost != "interpreted" else INTERPRETED_HEADS)
     if extend:
         window = bag.pick("window", _extend_windows(plan, size, rng))
     elif size in ("long", "span", "vast"):
@@ -325,7 +330,7 @@ def _free_signature(
     recipe = Recipe(
         op=op,
         dtype=dtype,
-        B=bag.pick("B", ROWS.get(size, (1, 1, 2))),
+        B=bag.pick("B", ROWS.get(size, (1, 1, 2)) if plan.cost != "interpreted" else (1, 1, 2)),
         T=T,
         Hkv=Hkv,
         G=G,
@@ -382,7 +387,8 @@ def _extend_windows(plan: Plan, size: str, rng: np.random.Generator) -> list[int
         "wide": [-1, 0, 2, w, None],
         "span": [-1, 0, 5, 63, 64, 100, 129, 256, None] if not slow else [3, 130],
         "long": [3, 200, 17, None] if not slow else [3, 130],
-        "deep": [100, 128, 255, 256, 511, 512, 1023, 1024, 2047, 2050, None, None, None] if not slow else [100, 130],
+        # As many None as there are numbers of slots, so that each is met.
+        "deep": [128, 255, 512, 1024, 2047, 2050, 4100, *[None] * 5] if not slow else [100, 130],
         "vast": [2050, 4100, None] if not slow else [260],
     }[size]
 
