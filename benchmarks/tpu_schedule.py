@@ -140,7 +140,7 @@ def jobs(options: argparse.Namespace) -> list[dict[str, Any]]:
         base = {"generation": generation, "kind": kind, "D": D, "dtype": dtype}
         mine = {"what": "ours", "mode": "mix", **base}
         found.append(mine)
-        if kind == "decode" or D != 128 or dtype != "bfloat16":
+        if options.matrix or kind == "decode" or D != 128 or dtype != "bfloat16":
             continue
         found.append(mine | {"rope": True})
         # The branches alone, one kernel each: what an implementation without the fusion launches, less its norms.
@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--dims", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--matrix", action="store_true", help="only the kernels in their defaults, nothing beside them")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the tables of docs/pallas.md")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
