@@ -19,7 +19,7 @@ from rattention.spec import load
 
 PROFILES = ("smoke", "quick", "full")
 COSTS = ("direct", "compiled", "interpreted")
-INTERPRETED = 0.5
+INTERPRETED = 0.3
 """Cases of an interpreted backend, as a share of those of a compiled one."""
 BY_NAME = {"jax": "compiled", "torch-triton": "interpreted", "jax-pallas": "interpreted"}
 
@@ -220,6 +220,7 @@ def pool(plan: Plan, op: str, size: str) -> list[Recipe]:
     bag = Bag(rng)
     number = {"smoke": 0.5, "quick": 1.0, "full": 1.5}[plan.profile] * POOL[size]
     number *= 0.6 if op.removesuffix(".vjp") in ("feature_map", "rms_mix", "rope_table") else 1.0
+    number *= 0.6 if plan.cost == "interpreted" else 1.0
     return [_signature(plan, op, size, rng, bag, {}) for _ in range(max(1, round(number)))]
 
 
