@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ def passing(profile: str, seed: int, report: Path | None = None) -> dict[str, Co
 
     Only conforming runs count.
     """
-    outcome = runner.conform("numpy", runner.Settings(profile, seed, workers=0))
+    outcome = runner.conform("numpy", runner.Settings(profile, seed, workers=min(2, os.cpu_count() or 1)))
     found: dict[str, Counter[str]] = {}
     wire = runner.conform("wire", runner.Settings("smoke", seed), backend=WirePort())
     kernels = runner.conform("kernels", runner.Settings("smoke", seed, select="agreement"), backend=KernelPort())
