@@ -123,7 +123,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         last = done.stdout.strip().splitlines()[-1:]
         if done.returncode or not last:
-            said = [line for line in done.stderr.strip().splitlines() if "Error" in line]
+            said = [x for x in done.stderr.strip().splitlines() if re.match(r"[\w.]+(Error|Unsupported): ", x)]
             return job | {"error": (said or ["no output"])[-1][:500]}
         return job | json.loads(last[0])
     finally:
