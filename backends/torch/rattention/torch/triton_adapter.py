@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +16,13 @@ from rattention.torch.adapter import VERSION, check, run_operations
 class TritonBackend:
     """`torch-triton`: every operation and its `.vjp` through the kernels, or not at all.
 
-    On a machine with a CUDA or ROCm device the kernels run there. Elsewhere they run under Triton's interpreter if
-    TRITON_INTERPRET=1 is set; if not, every run is refused.
+    On a machine with a CUDA or ROCm device the kernels run there. Elsewhere they run under Triton's interpreter, which
+    this adapter asks for before Triton is first imported; where it was imported already without TRITON_INTERPRET=1,
+    or the variable says 0, every run is refused.
     """
 
     def describe(self) -> dict[str, Any]:
+        _interpret_without_a_device()
         from rattention.torch.triton.operations import KERNELS
 
         spec = load()
@@ -37,6 +40,7 @@ class TritonBackend:
         }
 
     def run(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Result:
+        _interpret_without_a_device()
         call = check(op, tensors, attrs)
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise Unsupported("no CUDA or ROCm device here; TRITON_INTERPRET=1 runs the kernels on the CPU")
@@ -48,6 +52,12 @@ class TritonBackend:
         with recording() as launches:
             outputs = run_operations(operations, call, tensors, device)
         return Result(outputs, path="triton", kernels=list(dict.fromkeys(x.name for x in launches)))
+
+
+def _interpret_without_a_device() -> None:
+    """Triton decides at its first import whether it interprets."""
+    if not torch.cuda.is_available() and "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 backend = TritonBackend()
