@@ -56,13 +56,13 @@ def test_the_state_of_the_decode_kernel_does_not_drift(dtype):
     watched = {0, TOKENS - W - 4}  # where the kernel itself makes four steps
     for i in range(TOKENS - W):
         if i in watched:
-            before = [x[i : i + W, 0, 0, 0][None, :, None].to(DEVICE) for x in (k, v)]
+            before: Any = [x[i : i + W, 0, 0, 0][None, :, None].to(DEVICE) for x in (k, v)]
             length = torch.tensor([i + W], dtype=torch.int32, device=DEVICE)
             ring = Ring.from_canonical(*before, state[None, None].clone(), length)
-            canonical = [*before, state[None, None].clone(), length]
+            canonical: Any = [*before, state[None, None].clone(), length]
             expected = state.clone()
             for j in range(i, i + 4):
-                new = [x[j + W].to(DEVICE) for x in (q, k, v)]
+                new: Any = [x[j + W].to(DEVICE) for x in (q, k, v)]
                 step(ring, *new, weight, weight, window=W)
                 _, *canonical = operations["rattention_extend"](*new, weight, weight, *canonical, **ATTRIBUTES)
                 expected += enters[j]

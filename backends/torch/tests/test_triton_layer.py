@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -15,12 +16,13 @@ from rattention.torch.triton.launch import recording
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, W = 16, 4
-FULL = {"qk_norm": True, "qk_scale": True, "memory": True}
+FULL: dict[str, Any] = {"qk_norm": True, "qk_scale": True, "memory": True}
 
 
 def layer(impl: str = "triton", **options: Any) -> RAttention:
     torch.manual_seed(3)
-    made = RAttention(HIDDEN, 2, 1, 6, **({"value_dim": 5, "window": W, "impl": impl} | options)).to(DEVICE)
+    given: dict[str, Any] = {"value_dim": 5, "window": W, "impl": impl} | options
+    made = RAttention(HIDDEN, 2, 1, 6, **given).to(DEVICE)
     with torch.no_grad():
         for p in made.parameters():
             p.normal_(0.3, 0.5)
@@ -36,7 +38,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("options", [FULL, {"window": -1, "rope_theta": None}])
-def test_kernels_and_eager_give_the_same_layer(options):
+def test_kernels_and_eager_give_the_same_layer(options: dict[str, Any]):
     """Outputs and the gradients of every parameter."""
     x = hidden(2, 21)
     fused, plain = layer(**options), layer("eager", **options)
@@ -97,7 +99,7 @@ def test_the_public_function_compiles_checkpoints_and_casts():
     got = torch.autograd.grad(compiled(x).square().sum(), list(compiled.parameters()))
     for a, b in zip(got, want, strict=True):
         close(a, b)
-    again = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    again = checkpoint(model, x, use_reentrant=False)
     assert isinstance(again, torch.Tensor)
     for a, b in zip(torch.autograd.grad(again.square().sum(), parameters), want, strict=True):
         assert torch.equal(a, b)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,13 +15,12 @@ from rattention.torch.adapter import VERSION, check, run_operations
 class TritonBackend:
     """`torch-triton`: every operation and its `.vjp` through the kernels, or not at all.
 
-    On a machine with a CUDA or ROCm device the kernels run there. Elsewhere they run under Triton's interpreter, which
-    this adapter asks for before Triton is first imported; where it was imported already without TRITON_INTERPRET=1,
-    or the variable says 0, every run is refused.
+    On a machine with a CUDA or ROCm device the kernels run there. Elsewhere they run under Triton's interpreter if
+    TRITON_INTERPRET=1 is set before Triton is first imported; if not, the adapter is refused.
     """
 
     def describe(self) -> dict[str, Any]:
-        _interpret_without_a_device()
+        _refuse_without_a_device()
         from rattention.torch.triton.operations import KERNELS
 
         spec = load()
@@ -40,10 +38,8 @@ class TritonBackend:
         }
 
     def run(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Result:
-        _interpret_without_a_device()
         call = check(op, tensors, attrs)
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            raise Unsupported("no CUDA or ROCm device here; TRITON_INTERPRET=1 runs the kernels on the CPU")
+        _refuse_without_a_device()
         from rattention.torch.triton import operations
         from rattention.torch.triton.launch import recording
         from rattention.torch.triton.tiles import INTERPRET
@@ -54,10 +50,9 @@ class TritonBackend:
         return Result(outputs, path="triton", kernels=list(dict.fromkeys(x.name for x in launches)))
 
 
-def _interpret_without_a_device() -> None:
-    """Triton decides at its first import whether it interprets."""
-    if not torch.cuda.is_available() and "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+def _refuse_without_a_device() -> None:
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise Unsupported("no CUDA or ROCm device here; TRITON_INTERPRET=1 runs the kernels on the CPU")
 
 
 backend = TritonBackend()
