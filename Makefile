@@ -8,6 +8,11 @@ JOBS ?= 2
 # A GPU's own installation of torch, triton and jax, rather than .venv.
 GPU = PYTHONPATH=$(ROOTS) $(PYTHON)
 
+# Without an accelerator, libtpu complains about it on stderr in every process that loads jax.
+ifeq ($(wildcard /dev/accel* /dev/vfio/* /dev/nvidia* /dev/kfd),)
+conform mutants: export JAX_PLATFORMS ?= cpu
+endif
+
 .PHONY: help conform test lint docs bench gpu mutants vectors clean
 .DEFAULT_GOAL := help
 

@@ -18,7 +18,7 @@ from rattention.spec import load
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = ROOT / "build" / "docs"
-GUIDES = ["guide", "traps", "porting", "vectors", "torch", "jax"]
+GUIDES = ["guide", "traps", "porting", "conformance", "vectors", "torch", "jax"]
 """Guides in reading order; others of docs/ follow by name."""
 
 LINK = re.compile(r"(!?)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")

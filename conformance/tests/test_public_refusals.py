@@ -88,7 +88,7 @@ def test_jax_refuses_the_same_while_tracing(op: str) -> None:
     refused = 0
     for call in bad_calls(op):
         want = refusal(call, False, ())
-        kept = all(jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype for x in call.tensors.values())
+        kept = all(x.dtype not in (np.float64, np.int64) for x in call.tensors.values())  # which JAX narrows first
         if want is None or not kept or call.entry in BY_SIGNATURE:
             continue
         with pytest.raises(SpecError) as error:

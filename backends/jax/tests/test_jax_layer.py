@@ -25,6 +25,12 @@ def layer(**options: Any) -> RAttention:
     return made
 
 
+# Compiled: call by call, every small step of a layer is a program of its own.
+forward = nnx.jit(lambda model, x, ids=None: model(x, segment_ids=ids))
+prefill = nnx.jit(lambda model, x, cache, lengths=None: model.prefill(x, cache, lengths=lengths))
+decode = nnx.jit(lambda model, x, cache, active: model.step(x, cache, active=active))
+
+
 def close(x: Any, y: Any) -> None:
     np.testing.assert_allclose(x, y, rtol=0, atol=3e-5 * max(float(jnp.abs(jnp.asarray(y)).max()), 1))
 
@@ -57,20 +63,19 @@ def test_generation_equals_the_parallel_form_on_ragged_rows(options: dict[str, A
     model = layer(**options)
     lengths = [23, 14, 19]
     x = rng.standard_normal((3, max(lengths), HIDDEN)).astype(np.float32)
-    want = model(x)
+    want = forward(model, x)
     got, seen = np.full(want.shape, np.nan, np.float32), [0, 0, 0]
     cache = model.new_cache(3, max_length=max(lengths))
-    step = nnx.jit(lambda model, x, cache, active: model.step(x, cache, active=active))
 
     def feed(counts: list[int], cache: GenerationCache) -> GenerationCache:
         tokens = np.full((3, max(counts), HIDDEN), np.nan, np.float32)
         for b, n in enumerate(counts):
             tokens[b, :n] = x[b, seen[b] : seen[b] + n]
         if max(counts) == 1 and options.get("window", W) is not None:
-            y, cache = step(model, tokens[:, 0], cache, np.array(counts, bool))
+            y, cache = decode(model, tokens[:, 0], cache, np.array(counts, bool))
             y = y[:, None]
         else:
-            y, cache = model.prefill(tokens, cache, lengths=np.array(counts, np.int32))
+            y, cache = prefill(model, tokens, cache, np.array(counts, np.int32))
         for b, n in enumerate(counts):
             got[b, seen[b] : seen[b] + n] = y[b, :n]
             seen[b] += n
@@ -94,11 +99,11 @@ def test_generation_equals_the_parallel_form_on_ragged_rows(options: dict[str, A
 def test_a_reset_row_starts_anew_and_leaves_the_others() -> None:
     model = layer(memory=True)
     x = rng.standard_normal((2, 9, HIDDEN)).astype(np.float32)
-    _, cache = model.prefill(x, model.new_cache(2, max_length=32))
+    _, cache = prefill(model, x, model.new_cache(2, max_length=32))
     assert np.abs(np.asarray(cache.tensors.state)).max() > 0
-    mixed, after = model.prefill(x, cache.reset([0]))
-    close(mixed[:1], model(x[:1]))
-    close(mixed[1:], model(np.concatenate([x[1:], x[1:]], 1))[:, 9:])
+    mixed, after = prefill(model, x, cache.reset([0]))
+    close(mixed[:1], forward(model, x[:1]))
+    close(mixed[1:], forward(model, np.concatenate([x[1:], x[1:]], 1))[:, 9:])
     np.testing.assert_array_equal(after.length, [9, 18])
     for cleared in cache.reset().tensors:
         assert not np.asarray(cleared).any()
@@ -117,9 +122,9 @@ def test_padding_and_packing() -> None:
     model = layer(**FULL)
     x = rng.standard_normal((1, 20, HIDDEN)).astype(np.float32)
     ids = np.array([[0] * 2 + [5] * 8 + [3] * 7 + [0] * 3], np.int32)
-    y = model(x, segment_ids=ids)
-    close(y[:, 2:10], model(x[:, 2:10]))
-    close(y[:, 10:17], model(x[:, 10:17]))
+    y = forward(model, x, ids)
+    close(y[:, 2:10], forward(model, x[:, 2:10]))
+    close(y[:, 10:17], forward(model, x[:, 10:17]))
     close(y[:, :2], np.broadcast_to(state_dict(model)["o_proj.bias"], (1, 2, HIDDEN)))
 
 
@@ -139,8 +144,9 @@ def test_weights_travel_through_safetensors(tmp_path) -> None:
         assert weights["layers.0.memory"].dtype == np.float32
         load_state_dict(other, weights)
         x = jnp.asarray(rng.standard_normal((1, 8, HIDDEN)), dtype)
-        np.testing.assert_array_equal(one.layers[1](x), other.layers[1](x))
-        assert other.layers[0](x).dtype == dtype
+        found = forward(other.layers[1], x)
+        np.testing.assert_array_equal(forward(one.layers[1], x), found)
+        assert found.dtype == dtype
     with pytest.raises(ValueError, match=r"layers\.0\.memory"):
         load_state_dict(one, {n: x for n, x in weights.items() if n != "layers.0.memory"})
     with pytest.raises(ValueError, match=r"expected shape \[6\]"):
@@ -171,4 +177,4 @@ def test_generation_scans() -> None:
 
         return jax.lax.scan(step, cache, x.swapaxes(0, 1))[1].swapaxes(0, 1)
 
-    close(run(state, x, model.new_cache(2, max_length=15)), model(x))
+    close(run(state, x, model.new_cache(2, max_length=15)), forward(model, x))

@@ -79,3 +79,16 @@ def test_uneven_shards_are_refused(tensors) -> None:
     for spec, what in ((("x",), "B=2"), ((None, "x"), "T=8"), ((None, None, "x"), "Hq=4")):
         with pytest.raises(Unsupported, match=f"{what} does not divide"):
             sharded.rattention(**tensors, window=1, mesh=mesh, spec=PartitionSpec(*spec))
+
+
+def test_nothing_to_split(tensors) -> None:
+    """Empty batches and sequences divide into any number of shards; the state passes through."""
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("x", "y"))
+    state = np.ones((2, 2, 4, 2), np.float32)
+    empty = tensors | {name: tensors[name][:, :0] for name in "qkv"}
+    for more in ({}, {"segment_ids": np.ones((2, 0), np.int32)}):
+        given = empty | more | {"initial_state": state}
+        split = {"mesh": mesh, "spec": PartitionSpec("x", "y"), "window": 1, "return_final_state": True}
+        out, after = sharded.rattention(**given, **split)
+        assert out.shape == (2, 0, 4, 2)
+        np.testing.assert_array_equal(after, state)

@@ -58,16 +58,15 @@ def test_jit_vmap_grad_checkpoint(qkvw) -> None:
     def loss(*args: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(rattention(*args, window=W)))
 
-    plain = jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*qkvw)
-    for other in (
-        jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))),
-        jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2, 3, 4)),
-    ):
+    every = (0, 1, 2, 3, 4)
+    plain = jax.grad(loss, argnums=every)(*qkvw)
+    compiled = jax.jit(jax.grad(loss, argnums=every))
+    for other in (compiled, jax.jit(jax.grad(jax.checkpoint(loss), argnums=every))):
         jax.tree.map(close, other(*qkvw), plain)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), qkvw)
-    mapped = jax.vmap(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(*stacked)
+    mapped = jax.jit(jax.vmap(jax.grad(loss, argnums=every)))(*stacked)
     jax.tree.map(lambda x, y: close(x[0], y), mapped, plain)
-    jax.tree.map(lambda x, y: close(x[1], y), mapped, jax.grad(loss, argnums=(0, 1, 2, 3, 4))(*(2 * x for x in qkvw)))
+    jax.tree.map(lambda x, y: close(x[1], y), mapped, compiled(*(2 * x for x in qkvw)))
 
 
 def test_the_gradient_of_a_long_call_is_that_of_its_split(qkvw) -> None:
@@ -104,6 +103,28 @@ def test_float64_when_enabled(qkvw) -> None:
         np.testing.assert_allclose(jnp.vdot(jax.grad(f)(wide[0]), step), numeric, rtol=1e-6)
     with pytest.raises(SpecError, match="ERR-4"):
         rattention(*(np.asarray(x, np.float64) for x in qkvw), window=W)
+
+
+def test_second_derivatives(qkvw) -> None:
+    """Through the scan's own derivative: reverse over reverse and forward over reverse, against differences."""
+    with jax.enable_x64(True):
+        q, *others = (jnp.asarray(np.asarray(x[:1]), jnp.float64) for x in qkvw[:3])
+        weights = [jnp.asarray(np.asarray(x), jnp.float64) for x in qkvw[3:]]
+        gradient = jax.grad(lambda q: jnp.sum(jnp.sin(rattention(q, *others, *weights, window=W))))
+        u = jnp.asarray(rng.standard_normal(q.shape))
+
+        @jax.jit
+        def products(q: jax.Array) -> Any:
+            first, forward = jax.jvp(gradient, (q,), (u,))
+            return first, forward, jax.grad(lambda q: jnp.vdot(gradient(q), u))(q)
+
+        _, forward, reverse = products(q)
+        numeric = (products(q + 1e-6 * u)[0] - products(q - 1e-6 * u)[0]) / 2e-6
+        scale = float(jnp.abs(numeric).max())
+        np.testing.assert_allclose(forward, numeric, rtol=0, atol=1e-7 * scale)
+        np.testing.assert_allclose(reverse, forward, rtol=0, atol=1e-11 * scale)
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(lambda q: rattention(q, *others, *weights, window=W), (q,), (u,))
 
 
 def test_decode_with_a_donated_cache(qkvw) -> None:

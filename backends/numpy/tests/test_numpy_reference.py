@@ -158,3 +158,15 @@ def test_import_loads_no_framework():
     )
     path = [p for p in sys.path if p]
     subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}; {code}"], check=True)
+
+
+@pytest.mark.parametrize("op", [o for o in load().operations if o.endswith(".vjp")])
+def test_strides_change_no_bit(op, draw_call):
+    """NUM-7 in float64 too: sums are taken in the order of the indices, not of the memory."""
+    rng = np.random.default_rng(23)
+    for _ in range(6):
+        call = draw_call(rng, op, "float32")
+        plain = recurrent.run(op, call.tensors, call.attrs)
+        views = recurrent.run(op, {n: np.asfortranarray(x) for n, x in call.tensors.items()}, call.attrs)
+        for name, x in plain.items():
+            np.testing.assert_array_equal(views[name], x, err_msg=name)

@@ -17,7 +17,7 @@ Array = np.ndarray
 
 def lift(x: np.ndarray, stored: bool) -> Array:
     """An input tensor as an array of this namespace. `stored` says that it has the storage dtype of the call."""
-    return x.astype(np.float64)
+    return x.astype(np.float64, order="C")
 
 
 def values(x: Array) -> np.ndarray:

@@ -35,7 +35,8 @@ def run(op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[s
     """
     call = check(op, tensors, attrs)
     t = {n: np.asarray(tensors[n]) for n in call.given}
-    t = {n: x.astype(np.int64 if n in INTEGERS else np.float64) for n, x in t.items()}
+    # In C order, so that no sum depends on the strides of an argument (NUM-7).
+    t = {n: x.astype(np.int64 if n in INTEGERS else np.float64, order="C") for n, x in t.items()}
     with np.errstate(all="ignore"):
         outputs = _dispatch(call, t)
     return {o.name: outputs[o.name] for o in call.operation.outputs if call.has_output(o.name)}

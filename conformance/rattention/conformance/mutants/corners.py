@@ -385,10 +385,20 @@ class ReluKeyGradientBf16(Form):
         return outputs
 
 
-@plant("EXT-2 FM-3", "decode only", "rationale: a map that decode does not know")
+@plant("FM-3 EXT-2", "decode only", "rationale: a map that decode does not know")
 class DecodeTakesReluForIdentity(Form):
     """One-token calls clip identity features at zero."""
 
     def phi(self, x):
         one = self.op == "rattention_extend" and self.dims["T"] == 1 and self.attrs["feature_map"] == "identity"
         return np.maximum(x, 0) if one else super().phi(x)
+
+
+@plant("EXT-2 MIX-1", "decode only", "rationale: prefill and forward are two code paths")
+class PrefillMixesWithTheFirstHead(Form):
+    """An extension of empty caches mixes every head with the weights of the first."""
+
+    def need(self, name):
+        x = super().need(name)
+        fresh = self.op == "rattention_extend" and not np.any(self.tensors["cache_length"])
+        return np.broadcast_to(x[:1], x.shape) if fresh and name in ("swa_weight", "rla_weight") else x

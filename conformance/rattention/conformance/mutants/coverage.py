@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rattention.conformance import runner
-from rattention.conformance.mutants import CATALOGUE
+from rattention.conformance.mutants import CATALOGUE, Port
 from rattention.conformance.mutants.runner import Death
 from rattention.conformance.mutants.wire import WirePort
-from rattention.spec import load
+from rattention.spec import Call, Result, load
 
 
 @dataclass(frozen=True)
@@ -25,15 +28,27 @@ class Row:
     backends: tuple[str, ...]
 
 
+class KernelPort(Port):
+    """The unchanged form with a kernel that it claims and names: what BCK-4 asks for."""
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "name": "eager form with a kernel", "kernels": ["matmul"]}
+
+    def pack(self, call: Call, tensors: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return Result(dict(super().pack(call, tensors, outputs)), path="matmul", kernels=["matmul"])
+
+
 def passing(profile: str, seed: int, report: Path | None = None) -> dict[str, Counter[str]]:
-    """Backend to passing cases per clause: `numpy` and a port behind the wire run here, others are read from `report`.
+    """Backend to passing cases per clause: `numpy` and two ports run here, others are read from `report`.
 
     Only conforming runs count.
     """
-    outcome = runner.conform("numpy", runner.Settings(profile, seed, workers=0))
+    outcome = runner.conform("numpy", runner.Settings(profile, seed, workers=min(2, os.cpu_count() or 1)))
     found: dict[str, Counter[str]] = {}
     wire = runner.conform("wire", runner.Settings("smoke", seed), backend=WirePort())
-    for name, run in (("numpy", outcome), ("eager form through exec:", wire)):
+    kernels = runner.conform("kernels", runner.Settings("smoke", seed, select="agreement"), backend=KernelPort())
+    ran = {"numpy": outcome, "eager form through exec:": wire, "eager form with a kernel": kernels}
+    for name, run in ran.items():
         if run.conforming:
             found[name] = Counter(c for r in run.results if r.status == "pass" for c in r.clauses)
     for file in sorted(report.glob("*/report.json")) if report else []:

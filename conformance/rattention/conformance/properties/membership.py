@@ -27,7 +27,7 @@ SIZES = {
     "span": (0, 5, 0.2),
     "long": (0, 4, 0.5),
     "vast": (0, 2, 0.5),
-    "deep": (0, 10, 0.2),
+    "deep": (0, 12, 0.2),
 }
 """Cases of smoke and quick by size class, and the share of them that backends with costly programs get."""
 CLAUSES = (
@@ -350,6 +350,12 @@ def check_vjp(ctx: Context, case: Case) -> list[Violation]:
         expected[..., : len(marks)] = sets[:, marks, :].transpose(0, 2, 1)[:, :, None, :]
         some = (np.abs(d_v) > 0) | np.isnan(d_v)
     wrong = some != np.broadcast_to(expected, some.shape)
+    if wrong.any() and "branch" in case.params:
+        # The derivative of a norm may vanish (over one channel the norm is a sign but for eps): there, 0 is a rounding.
+        bounds = ctx.bounds(case.op, case.tensors, case.attrs)
+        names = ("d_cache_v", "d_v") if W else ("d_v",)
+        plain = np.concatenate([np.abs(bounds[n][0]) > bounds[n][1] for n in names], 1).any(-1)
+        wrong &= some | plain
     if not wrong.any():
         return []
     at = tuple(int(i) for i in np.argwhere(wrong)[0])

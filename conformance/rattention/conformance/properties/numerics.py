@@ -109,9 +109,10 @@ def _draw_nan(plan: Plan) -> Iterator[Recipe]:
     ops = [op for base in (*OPS, "feature_map", "rms_mix") for op in (base, f"{base}.vjp")]
     for op in ops:
         if plan.has(op):
-            number = plan.count(2, 8, compiled=0.5)
+            number = plan.count(2, 36 if op.startswith("rattention_extend") else 20, compiled=0.2)
             for i, recipe in enumerate(recipes(plan, op, "small", number, "nan", lambda r: True)):
-                yield recipe.without("poison").with_(extra=(i,))
+                fill = ("full", "beyond", "mixed")[i // 6 % 3]
+                yield recipe.without("poison").with_(extra=(i,), fill=fill)
 
 
 def _make_nan(plan: Plan, recipe: Recipe) -> Case | None:

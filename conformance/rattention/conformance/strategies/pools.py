@@ -19,6 +19,8 @@ from rattention.spec import load
 
 PROFILES = ("smoke", "quick", "full")
 COSTS = ("direct", "compiled", "interpreted")
+INTERPRETED = 0.3
+"""Cases of an interpreted backend, as a share of those of a compiled one."""
 BY_NAME = {"jax": "compiled", "torch-triton": "interpreted", "jax-pallas": "interpreted"}
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,8 +72,9 @@ class Plan:
 
     def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
         """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""
-        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 3 * quick}[self.profile]
-        return number if self.cost == "direct" else max(1 if compiled else 0, round(number * compiled))
+        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 2 * quick}[self.profile]
+        share = {"direct": 1.0, "compiled": compiled, "interpreted": INTERPRETED * compiled}[self.cost]
+        return max(1 if share else 0, round(number * share)) if number else 0
 
     def rng(self, *purpose: Any) -> np.random.Generator:
         """A stream of its own for each purpose, from the run's seed."""
@@ -138,10 +141,10 @@ def tokens(plan: Plan, size: str) -> list[int]:
     if plan.cost == "interpreted":
         return [150, 261]
     if size == "span":
-        return [150, 160, 192, 200, 255, 256, 257, 300, 320, 384, 511, 512, 513, 640]
+        return [150, 160, 192, 200, 255, 256, 257, 300, 320, 384, 511, 512, 513, 640, 1024]
     if size == "vast":
         return [2060, 2081, 2114]
-    return [1024, 1030, 1047, 1090, 1088, 1025, *([1536, 2050] if plan.profile == "full" else [])]
+    return [1030, 1047, 1090, 1088, 1025, 1152, *([1536, 2050] if plan.profile == "full" else [])]
 
 
 WIDE = {"below 64": (24, 33, 40, 48), "up to 128": (64, 80, 96, 128), "above 128": (129, 160, 192, 256)}
@@ -176,16 +179,29 @@ def value_channels(size: str, bag: Bag, dtype: str, D: int) -> int:
     return bag.pick("Dv", [D, 3, 5, 8, 2, 4, 1])
 
 
+FAR_WINDOWS: dict[str, list[int | None]] = {
+    "none": [None],
+    "narrow": [0, 1, 3, 13, 17, 40, -1],
+    "tile": [63, 64, 65, 100, 127, 128, 129],
+    "half": [254, 255, 511, 512],
+    "whole": [-6, -1, 0, 1],
+}
+"""Windows of long sequences in strata that are met in turn; those of "whole" count from T."""
+
+
+def far_window(bag: Bag, T: int) -> int | None:
+    """A window for the size classes "span" and "long"."""
+    stratum = bag.pick("far stratum", ["none", "narrow", bag.pick("wide stratum", ["tile", "half", "whole"])])
+    window = bag.pick(f"far {stratum}", FAR_WINDOWS[stratum])
+    return window if window is None else T + window if stratum == "whole" else window
+
+
 def windows(plan: Plan, T: int, size: str, draw: np.random.Generator) -> list[int | None]:
     """Windows at, below and above T, 0, -1, None, and beside the tiles."""
     inside = [int(draw.integers(1, max(T - 1, 2))), int(draw.integers(1, max(T // 2, 2))), max(T // 3, 1)]
     levels: list[int | None] = [-1, 0, 1, 2, *inside, *inside, max(T - 2, 0), T - 1, T, T + 1, None]
     if size == "vast":
         return [None, 2049, 2055, T - 3, 1500]
-    if size == "long":
-        return [0, 3, -1, 64, 127, T // 2, 511, T - 6, None, None, T, 17]
-    if size == "span":
-        return [0, 1, 3, -1, 17, 40, 63, 64, 65, 127, 128, 129, T // 2, T - 6, None, None, 100, 13, 254]
     if size == "tile":
         sizes = plan.tiles.get("window") or plan.token_tiles() or (16, 32, 64)
         levels = [*beside(sizes, 0, max(T, 1)), *inside, -1, 0, None]
@@ -202,8 +218,9 @@ def pool(plan: Plan, op: str, size: str) -> list[Recipe]:
     """The signatures that all properties share, the same in every run of a profile."""
     rng = np.random.default_rng((PROFILES.index(plan.profile), zlib.crc32(f"{op} {size}".encode())))
     bag = Bag(rng)
-    number = {"smoke": 0.5, "quick": 1.0, "full": 2.0}[plan.profile] * POOL[size]
+    number = {"smoke": 0.5, "quick": 1.0, "full": 1.5}[plan.profile] * POOL[size]
     number *= 0.6 if op.removesuffix(".vjp") in ("feature_map", "rms_mix", "rope_table") else 1.0
+    number *= 0.6 if plan.cost == "interpreted" else 1.0
     return [_signature(plan, op, size, rng, bag, {}) for _ in range(max(1, round(number)))]
 
 
@@ -284,16 +301,18 @@ HEADS: dict[str, list[tuple[int, int]]] = {
 }  # fmt: skip
 """(Hkv, G) by size class; "few" where a class is not named."""
 HEADS["medium"] = HEADS["small"][:13]
+INTERPRETED_HEADS = [(1, 1), (1, 2), (2, 1), (1, 3), (1, 1), (1, 8), (2, 2)]
+"""Under an interpreter every program of a grid, so every row and every key/value head, costs its own time."""
 ROWS = {
     "small": (1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 4, 4, 5, 9),
     "medium": (1, 2, 2, 3),
     "span": (1, 1, 1, 2),
-    "long": (1,),
+    "long": (1, 1, 1, 2),
     "vast": (1,),
     "deep": (1, 2, 2, 3),
 }
 """B by size class."""
-SLOTS = {"long": (100,), "span": (0, 40, 130), "deep": (40, 130, 300, 600, 1030, 1100, 2060, 4200)}
+SLOTS = {"long": (100,), "span": (0, 40, 130), "deep": (130, 600, 1100, 2060, 4200)}
 """Slots of a cache at window None, by size class."""
 
 
@@ -314,18 +333,20 @@ def _free_signature(
     T = fixed.get("T", bag.pick("T", _extend_tokens(plan, size) if extend else tokens(plan, size)))
     dtype = bag.pick("dtype", plan.dtypes)
     D = channels(plan, size, bag, dtype, even="rope" in options or base == "rope_table")
-    Hkv, G = bag.pick("heads", HEADS.get(size, HEADS["few"]))
+    Hkv, G = bag.pick("heads", HEADS.get(size, HEADS["few"]) if plan.cost != "interpreted" else INTERPRETED_HEADS)
     if extend:
         window = bag.pick("window", _extend_windows(plan, size, rng))
-    elif size in ("long", "span", "vast"):
-        window = bag.pick("window class", windows(plan, 1000 if size == "long" else T, size, rng))
+    elif size in ("long", "span"):
+        window = far_window(bag, T)
+    elif size == "vast":
+        window = bag.pick("window class", windows(plan, T, size, rng))
     else:
         levels = windows(plan, T, size, rng)
         window = levels[bag.pick(f"window of {len(levels)}", range(len(levels)))]
     recipe = Recipe(
         op=op,
         dtype=dtype,
-        B=bag.pick("B", ROWS.get(size, (1, 1, 2))),
+        B=bag.pick("B", ROWS.get(size, (1, 1, 2)) if plan.cost != "interpreted" else (1, 1, 2)),
         T=T,
         Hkv=Hkv,
         G=G,
@@ -382,7 +403,8 @@ def _extend_windows(plan: Plan, size: str, rng: np.random.Generator) -> list[int
         "wide": [-1, 0, 2, w, None],
         "span": [-1, 0, 5, 63, 64, 100, 129, 256, None] if not slow else [3, 130],
         "long": [3, 200, 17, None] if not slow else [3, 130],
-        "deep": [100, 128, 255, 256, 511, 512, 1023, 1024, 2047, 2050, None, None, None] if not slow else [100, 130],
+        # As many None as there are numbers of slots, so that each is met.
+        "deep": [128, 255, 512, 1024, 2047, 2050, 4100, *[None] * 5] if not slow else [100, 130],
         "vast": [2050, 4100, None] if not slow else [260],
     }[size]
 

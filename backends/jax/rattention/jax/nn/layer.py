@@ -59,7 +59,7 @@ class RAttention(nnx.Module):
         memory: learn a constant state per query head.
         rope_theta: base of the rotary embedding of the softmax branch; None for none.
         bias: biases in the four projections.
-        impl, precision: as in `rattention`.
+        impl, precision: as in `rattention`; the projections follow `jax.default_matmul_precision`.
         param_dtype: of all parameters but `memory`.
         rngs: `flax.nnx.Rngs` with a `params` stream.
 

@@ -1,20 +1,14 @@
 """Compiling the kernels for a TPU that is not there: libtpu's compiler runs on any machine.
 
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m rattention.jax.pallas.aot v5p forward 128 bfloat16 ...
-
-compiles cases and prints one JSON line each; without arguments, the whole matrix. `benchmarks/tpu_schedule.py` reads
-the compiler's schedule of the same programs.
+Programs of single kernels, whose schedules `benchmarks/tpu_schedule.py` reads, and of a layer, in whose compiled text
+`benchmarks/tpu_aot.py` looks for copies. Run with JAX_PLATFORMS=cpu.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import os
 import re
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,17 +16,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
-from rattention.jax.pallas import config, ops
+from rattention.jax.pallas import ops
 from rattention.jax.pallas.config import Config
 from rattention.spec import validate
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-KINDS = ("forward", "backward", "decode")
 
 
 def device(generation: str) -> Any:
     """One device of a generation, without hardware."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # No metadata server to ask, and no chip that a second process could take.
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
     found = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation])
     return found.devices[0]
 
@@ -126,48 +121,16 @@ def layer(settings: Config, B: int = 1, T: int = 2048, Hq: int = 16, Hkv: int = 
     return attend, train, (of(B, T, E), weights), (of(B, T, Hq * D), of(B, T, Hkv * D))
 
 
+# A reshape that moves nothing is called bitcast in a compiled program.
+MOVES = r"= \(?\w+\[([\d,]+)\]\S* (copy|copy-start|transpose|reshape)\("
+
+
 def moves(compiled: Any, *arrays: Any) -> list[str]:
-    """Copies and transposes of arrays the size of one of `arrays` in the compiled program: lines of its text."""
+    """Instructions that only move an array the size of one of `arrays`: lines of the compiled program's text."""
     sizes = {math.prod(x.shape) for x in arrays}
     found = []
     for line in compiled.as_text().splitlines():
-        match = re.search(r"= \(?\w+\[([\d,]+)\]\S* (copy|copy-start|transpose)\(", line)
+        match = re.search(MOVES, line)
         if match and math.prod(int(n) for n in match.group(1).split(",")) in sizes:
             found.append(line.strip()[:200])
     return found
-
-
-def check(
-    generation: str, kind: str, D: int, dtype: str, settings: Config | None = None, **sizes: Any
-) -> dict[str, Any]:
-    """Compile one case; what the compiler says of it. An error of the compiler propagates."""
-    settings = settings or config.default(generation, D)
-    f, args = program(kind, D, dtype, settings, **sizes)
-    begun = time.time()
-    compiled = compile_for(generation, f, *args)
-    memory = compiled.memory_analysis()
-    return {
-        "generation": generation,
-        "kind": kind,
-        "D": D,
-        "dtype": dtype,
-        "seconds": round(time.time() - begun, 1),
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "kernels": sorted(set(re.findall(r"(\w+_(?:forward|backward|decode))[.\d]* = ", compiled.as_text()))),
-        "moves": moves(compiled, args[0]["q"], args[0]["k"]) if kind != "decode" else [],
-    }
-
-
-def matrix() -> list[tuple[str, str, int, str]]:
-    """Every kernel and default configuration."""
-    return list(itertools.product(TOPOLOGIES, KINDS, (64, 128, 256), ("bfloat16", "float32")))
-
-
-def main(arguments: list[str]) -> None:
-    cases = [tuple(arguments[i : i + 4]) for i in range(0, len(arguments), 4)] or matrix()
-    for generation, kind, D, dtype in cases:
-        print(json.dumps(check(generation, kind, int(D), dtype)), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -25,8 +25,16 @@ KERNELS = (
 """Every kernel by name, as profiles, schedules and `metadata["kernels"]` show it."""
 
 
-traffic: dict[str, int] = {}
-"""Bytes that cross HBM in the latest build of each kernel, for reports."""
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a kernel moves across HBM in one call, and what it holds on chip besides the compiler's own, in bytes."""
+
+    hbm_bytes: int
+    vmem_bytes: int
+
+
+costs: dict[str, Cost] = {}
+"""Of the latest build of each kernel, for reports."""
 
 
 def shown(settings: Config) -> dict[str, Any]:
@@ -60,6 +68,18 @@ class Builder:
     def keep(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
         self.scratch.append((name, pltpu.VMEM(shape, dtype)))
 
+    def held(self) -> int:
+        """Bytes of on-chip memory: scratch, and each block twice, since the next one arrives while one is used."""
+        blocks = [(spec, x.dtype) for (_, spec), x in zip(self.inputs, self.arrays, strict=True)]
+        blocks += [(spec, shape.dtype) for _, spec, shape in self.outputs]
+        total = 0
+        for spec, dtype in blocks:
+            sizes = [int(n) for n in spec.block_shape or () if isinstance(n, int)]
+            total += 2 * math.prod(sizes) * jnp.dtype(dtype).itemsize
+        for _, scratch in self.scratch:
+            total += math.prod(scratch.shape) * jnp.dtype(scratch.dtype).itemsize
+        return total
+
     def moved(self) -> int:
         """Bytes that cross HBM: a block is fetched or written back whenever its index changes along the grid."""
         with jax.ensure_compile_time_eval():
@@ -84,7 +104,7 @@ class Builder:
             body(p, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
         watch.traced(self.name)
-        traffic[self.name] = self.moved()
+        costs[self.name] = Cost(self.moved(), self.held())
         results = pl.pallas_call(
             kernel,
             grid=self.grid,
@@ -93,7 +113,8 @@ class Builder:
             out_shape=[shape for *_, shape in self.outputs],
             scratch_shapes=[shape for _, shape in self.scratch],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary")[: len(self.grid)],
+                # The interpreter does not extend this tuple by the axis that vmap puts in front; the compiler does.
+                dimension_semantics=None if p.interpret else ("parallel", "parallel", "arbitrary")[: len(self.grid)],
                 vmem_limit_bytes=p.config.vmem,
             ),
             name=self.name,

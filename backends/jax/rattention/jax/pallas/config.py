@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,29 +25,57 @@ class Config:
 
     chunk: int = 128
     blocks: int = 4
-    heads: int = 1
+    heads: int = 4
     lag: int = 1
-    backward_heads: int = 1
+    backward_heads: int = 4
     backward_lag: int = 1
     tiles: int = 8
-    vmem: int | None = 64 * 2**20
+    vmem: int | None = None
 
 
 INTERPRETED = Config(chunk=32, blocks=1, heads=8, backward_heads=8, tiles=4)
 """For the interpreter, where a grid step costs much and its size little."""
 
-_DEFAULTS: dict[tuple[str, int], Config] = {}
+# A little below what a core has: 16 MiB on v4, 64 on v5p, 128 on v5e and v6e.
+_MEMORY = {"v4": 15 * 2**20, "v5e": 100 * 2**20, "v5p": 60 * 2**20, "v6e": 100 * 2**20}
+
+# Chunks per step where they are not 4. Wide heads and float32, whose products are six passes, make long programs that
+# compile slowly; on v4 the backward's window of tiles and sums must fit 16 MiB.
+_BLOCKS = {(256, "bfloat16"): 2, (64, "float32"): 2, (128, "float32"): 2, (256, "float32"): 1}
+_BLOCKS_V4 = {(64, "bfloat16"): 2, (128, "bfloat16"): 2}
+
+# Frozen: from benchmarks/results/tpu_search.json, by (generation, head dim, storage dtype).
+_DEFAULTS: dict[tuple[str, int, str], dict[str, int]] = {
+    (generation, dim, dtype): {"blocks": blocks}
+    for generation in GENERATIONS[1:]
+    for (dim, dtype), blocks in _BLOCKS.items()
+}
+_DEFAULTS |= {("v4", dim, dtype): {"blocks": _BLOCKS_V4.get((dim, dtype), 1)} for dim, dtype in (*_BLOCKS, *_BLOCKS_V4)}
+_DEFAULTS[("v5p", 128, "bfloat16")] = {"lag": 2}
 
 
-def default(generation: str, head_dim: int) -> Config:
-    """The configuration for a TPU generation (one of `GENERATIONS`) and the larger of D and Dv after padding."""
-    return _DEFAULTS.get((generation, head_dim), Config())
+def of_generation(generation: str) -> Config:
+    """The untuned configuration for a TPU generation, one of `GENERATIONS`."""
+    return Config(vmem=_MEMORY[generation])
+
+
+def default(generation: str, head_dim: int, dtype: str = "bfloat16") -> Config:
+    """The configuration for a TPU generation, the larger of D and Dv after padding, and the storage dtype."""
+    fields = _DEFAULTS.get((generation, head_dim, dtype), {})
+    return dataclasses.replace(of_generation(generation), **fields)
+
+
+def fitted(settings: Config, tokens: int) -> Config:
+    """The same for a sequence of `tokens` tokens: no step is longer than it."""
+    blocks = min(settings.blocks, max(1, -(-tokens // settings.chunk)))
+    return dataclasses.replace(settings, blocks=blocks)
 
 
 def of_device(kind: str, call: Any) -> Config:
     """The default for a device kind as JAX names it, such as "TPU v5 lite"."""
-    dim = max(64, -(-max(call.dims["D"], call.dims["Dv"]) // 64) * 64)
-    return default(generation(kind), dim)
+    dim = max(call.dims["D"], call.dims["Dv"])
+    dim = 64 if dim <= 64 else -(-dim // 128) * 128
+    return default(generation(kind), dim, call.storage)
 
 
 def generation(kind: str) -> str:

@@ -27,22 +27,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from rattention.jax.pallas.parts import (
-    F32,
-    LOG2E,
-    below,
-    beside,
-    columns,
-    dot,
-    interleave,
-    linear_mask,
-    loop_groups,
-    phi,
-    read_once,
-    rotate,
-    shift,
-    softmax_mask,
-)
+from rattention.jax.pallas import linear, softmax
+from rattention.jax.pallas.parts import F32, columns, dot, interleave, read_once, rotate, shift
 from rattention.jax.pallas.plan import Plan
 
 
@@ -136,55 +122,6 @@ def inert_to_zero(p: Plan, ref: SimpleNamespace, x: Any, n: int, step: Any) -> A
     return x
 
 
-# ------------------------------------------------------------------------------------------------ per chunk
-
-
-def raw_keys(p: Plan, ref: SimpleNamespace, head: int, tile: Any) -> Any:
-    """A tile of unrotated keys (ROPE-5)."""
-    return (ref.raw_tiles if p.rope else ref.k_tiles)[head, tile]
-
-
-def key_features(p: Plan, ref: SimpleNamespace, head: int, tile: Any) -> tuple[Any, Any, Any]:
-    """phi(k) of a tile, transposed: its input [D, C] float32, its halves, and both as one [F, C] of storage dtype."""
-    raw = raw_keys(p, ref, head, tile)
-    x = jnp.transpose(raw).astype(F32)
-    if p.k_scale:
-        x = x * ref.k_column[...]
-    halves = phi(p, x)
-    return x, halves, below([h.astype(raw.dtype) for h in halves])
-
-
-def fold_values(p: Plan, ref: SimpleNamespace, head: int, tile: int, chunk: Any) -> Any:
-    """V^T [Dv, C] of the tile that leaves the window after `chunk`, without what must not enter the state."""
-    value = ref.v_tiles[head, tile]
-    if not (p.segments or (p.final and p.ragged)):
-        return value
-    enters = lax.broadcasted_iota(jnp.int32, (1, p.C), 1) + (chunk - p.R) * p.C < ref.limits[0, 0, 0]
-    if p.segments:
-        enters &= ref.id_tiles[0, tile, :1] == ref.owners[0, 0, chunk + 1]
-    return jnp.where(enters, value, jnp.zeros_like(value))
-
-
-def prepare(p: Plan, ref: SimpleNamespace, n: int, head: int, chunk: Any) -> None:
-    """The state as chunk n reads it, phi of its border tiles, and the fold of the tile that leaves."""
-    if p.state:
-        ref.read_state[head, n] = ref.state[head].astype(ref.read_state.dtype)
-    for i, r in enumerate(p.linear_tiles):
-        features = key_features(p, ref, head, n + r)[2]
-        ref.features[head, n, i] = jnp.transpose(features)
-    if p.folds:
-        # Linear tiles start with the oldest, r = 0, which is the one that leaves.
-        added = dot(p, fold_values(p, ref, head, n, chunk), ref.features[head, n, 0])
-        ref.state[head] = keep(p, ref, ref.state[head], chunk) + added
-
-
-def keep(p: Plan, ref: SimpleNamespace, state: Any, chunk: Any) -> Any:
-    """The state after `chunk`, before its fold: nothing of another segment stays (SEG-2)."""
-    if not p.segments:
-        return state
-    return jnp.where(ref.owners[0, 0, chunk + 1] == ref.owners[0, 0, chunk], state, jnp.zeros_like(state))
-
-
 def _compute(p: Plan, ref: SimpleNamespace, step: Any) -> None:
     ref = read_once(p, ref)
 
@@ -201,7 +138,7 @@ def task(p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, first: int
     """The queries of chunk n for `p.heads` query heads of one kv head; yields between stages."""
     chunk = step * p.m + n
     if first == 0 and p.linear:
-        prepare(p, ref, n, head, chunk)
+        linear.prepare(p, ref, n, head, chunk)
         yield
     N = p.heads
     heads = [head * p.G + first + i for i in range(N)]
@@ -209,16 +146,16 @@ def task(p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, first: int
     stored = [inert_queries(p, ref, ref.q[0, rows, h * p.key_dim : (h + 1) * p.key_dim], n) for h in heads]
     o1 = o2 = squares = None
     if p.softmax:
-        scores = Scores(p, ref, step, n, head, N, scaled_queries(p, ref, stored, rows))
+        scores = softmax.Scores(p, ref, step, n, head, N, softmax.scaled_queries(p, ref, stored, rows))
         yield from scores.first()
     if p.linear:
-        features = query_features(p, ref, stored)[2]
+        features = linear.query_features(p, ref, stored)[2]
         yield
     if p.softmax:
         yield from scores.values()
         o1, squares = scores.output, scores.total
     if p.linear:
-        o2 = linear_output(p, ref, n, head, first, chunk, features)
+        o2 = linear.linear_output(p, ref, n, head, first, chunk, features)
         yield
     store(p, ref, n, heads, rows, o1, o2, squares, scores.top if p.softmax else None)
     yield
@@ -227,165 +164,6 @@ def task(p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, first: int
 def inert_queries(p: Plan, ref: SimpleNamespace, x: Any, n: int) -> Any:
     """Zero the queries of padding, so that their output is a number and its selection away is exact (SEG-4)."""
     return inert_to_zero(p, ref, x, n, None) if p.segments else x
-
-
-def folded(p: Plan) -> bool:
-    """The factor on the scores sits in the queries, where that costs no rounding beyond the one they have anyway."""
-    return p.rope or p.dtype == "float32"
-
-
-def scaled_queries(p: Plan, ref: SimpleNamespace, stored: list[Any], rows: slice) -> Any:
-    """Queries [N*C, D] as the scores read them: rotated, times scale * log2(e) where `folded`."""
-    if not folded(p):
-        return below(stored)
-    out = []
-    for x in stored:
-        y = rotate(x.astype(F32), ref.rope[0, rows]) if p.rope else x
-        out.append((y * (ref.numbers[0, 0, 0] * LOG2E)).astype(x.dtype))
-    return below(out)
-
-
-def query_features(p: Plan, ref: SimpleNamespace, stored: list[Any]) -> tuple[Any, Any, Any]:
-    """phi(q), transposed: its input [D, N*C], its halves, and both as one [F, N*C] of storage dtype."""
-    x = beside([jnp.transpose(y) for y in stored]).astype(F32)
-    if p.q_scale:
-        x = x * beside([ref.q_column[...]] * len(stored))
-    halves = phi(p, x)
-    return x, halves, below([h.astype(stored[0].dtype) for h in halves])
-
-
-class Scores:
-    """Scores of one task against the window, and the softmax over it. Logits are in base 2."""
-
-    def __init__(self, p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, heads: int, queries: Any):
-        self.p, self.ref, self.step, self.n, self.head, self.N = p, ref, step, n, head, heads
-        self.queries = queries
-        self.chunk = step * p.m + n
-
-    def score(self, r: Any) -> Any:
-        """Logits [C, N*C] of tile r, -inf where a key is not of the query's segment or lies before the sequence."""
-        p, ref = self.p, self.ref
-        s = dot(p, ref.k_tiles[self.head, self.n + r], self.queries, (1, 1))
-        if not folded(p):
-            s = s * (ref.numbers[0, 0, 0] * LOG2E)
-        if p.segments:
-            key = columns(p, ref.id_tiles[0, self.n + r, :1])
-            query = jnp.broadcast_to(ref.id_tiles[0, self.n + p.R, :1], (p.C, p.C))
-            return jnp.where(beside([key == query] * self.N), s, -jnp.inf)
-        if isinstance(r, int) and r == p.R:
-            return s
-        return s + jnp.where(self.chunk + r < p.R, -jnp.inf, 0.0)
-
-    def tiles(self) -> list[tuple[Any, Any]]:
-        """(tile, masked logits) of the tiles outside the loop; the pair of `Plan.paired` is one entry, tile None."""
-        p = self.p
-        found: list[tuple[Any, Any]] = []
-        if p.paired:
-            found.append((None, jnp.where(self.newest(), self.score(p.R), self.score(0))))
-        else:
-            for r in p.softmax_tiles:
-                found.append((r, jnp.where(softmax_mask(p, r, self.N), self.score(r), -jnp.inf)))
-        return found
-
-    def newest(self) -> Any:
-        """Where a paired tile belongs to the chunk's own keys rather than the oldest tile's."""
-        return softmax_mask(self.p, self.p.R, self.N)
-
-    def first(self) -> Iterator[None]:
-        """Scores of the tiles outside the loop, and their maximum."""
-        p = self.p
-        self.held = self.tiles()
-        yield
-        self.held += [(r, self.score(r)) for r in p.unrolled]
-        top = functools.reduce(jnp.maximum, [s for _, s in self.held])
-        self.top = jnp.max(top, axis=0, keepdims=True)
-        yield
-
-    def weigh(self, r: Any, weight: Any) -> Any:
-        """V^T p^T of one entry of `held`."""
-        p, ref, dtype = self.p, self.ref, self.queries.dtype
-        if r is not None:
-            return dot(p, ref.v_tiles[self.head, self.n + r], weight.astype(dtype))
-        new, n = self.newest(), self.n
-        oldest = dot(p, ref.v_tiles[self.head, n], jnp.where(new, 0.0, weight).astype(dtype))
-        return oldest + dot(p, ref.v_tiles[self.head, n + p.R], jnp.where(new, weight, 0.0).astype(dtype))
-
-    def values(self) -> Iterator[None]:
-        """The unnormalised output [Dv, N*C] and the sum of weights [1, N*C]."""
-        total: Any = None
-        output: Any = None
-        for i, (r, s) in enumerate(self.held):
-            weight = jnp.exp2(s - self.top)
-            total = weight if total is None else total + weight
-            part = self.weigh(r, weight)
-            output = part if output is None else output + part
-            if i == 0:
-                yield
-        self.total, self.output = jnp.sum(total, axis=0, keepdims=True), output
-        if self.p.loop[1]:
-            self.online()
-        yield
-
-    def online(self) -> None:
-        """The looped tiles, rescaling what was summed whenever the maximum grows."""
-        p, ref = self.p, self.ref
-
-        def group(r: Any, carry: Any) -> Any:
-            top, total, output = carry
-            scores = [self.score(r + i) for i in range(p.config.tiles)]
-            new = jnp.maximum(top, jnp.max(functools.reduce(jnp.maximum, scores), axis=0, keepdims=True))
-            weights = [jnp.exp2(s - new) for s in scores]
-            shrink = jnp.exp2(top - new)
-            added = jnp.sum(functools.reduce(jnp.add, weights), axis=0, keepdims=True)
-            values = [ref.v_tiles[self.head, self.n + r + i] for i in range(p.config.tiles)]
-            parts = [dot(p, v, w.astype(self.queries.dtype)) for v, w in zip(values, weights, strict=True)]
-            return new, total * shrink + added, output * shrink + functools.reduce(jnp.add, parts)
-
-        carry = (self.top, self.total, self.output)
-        self.top, self.total, self.output = loop_groups(p, p.R - self.chunk, carry, group)
-
-
-def linear_output(p: Plan, ref: SimpleNamespace, n: int, head: int, first: int, chunk: Any, features: Any) -> Any:
-    """o2^T [Dv, N*C]: the state, the memory, and the border tiles."""
-    parts = []
-    if p.state:
-        read = dot(p, ref.read_state[head, n], features)
-        if p.segments:
-            read = jnp.where(beside([owned(p, ref, n, chunk)] * p.heads), read, 0.0)
-        parts.append(read)
-    if p.memory:
-        parts.append(
-            beside(
-                [
-                    dot(p, ref.memory_t[head * p.G + first + i], features[:, i * p.C : (i + 1) * p.C])
-                    for i in range(p.heads)
-                ]
-            )
-        )
-    for i, r in enumerate(p.linear_tiles):
-        weight = linear_weights(p, ref, n, head, i, r, features, p.heads)
-        parts.append(dot(p, ref.v_tiles[head, n + r], weight.astype(features.dtype)))
-    return functools.reduce(jnp.add, parts)
-
-
-def owned(p: Plan, ref: SimpleNamespace, n: int, chunk: Any) -> Any:
-    """Which queries [1, C] of chunk n belong to the segment of the state."""
-    return ref.id_tiles[0, n + p.R, :1] == ref.owners[0, 0, chunk]
-
-
-def linear_weights(p: Plan, ref: SimpleNamespace, n: int, head: int, i: int, r: int, features: Any, heads: int) -> Any:
-    """A^T [C, heads*C]: phi(k) phi(q)^T of border tile r where the linear branch reads it, else 0."""
-    weight = dot(p, ref.features[head, n, i], features)
-    return mask_linear(p, ref, n, r, weight, heads)
-
-
-def mask_linear(p: Plan, ref: SimpleNamespace, n: int, r: int, x: Any, heads: int) -> Any:
-    x = jnp.where(linear_mask(p, r, heads), x, 0.0)
-    if p.segments:
-        key = columns(p, ref.id_tiles[0, n + r, :1])
-        query = jnp.broadcast_to(ref.id_tiles[0, n + p.R, :1], (p.C, p.C))
-        x = jnp.where(beside([key == query] * heads), x, 0.0)
-    return x
 
 
 def store(
@@ -440,7 +218,7 @@ def finish(p: Plan, ref: SimpleNamespace) -> None:
             if p.segments:
                 enters &= ref.id_tiles[0, tile, :1] == ref.owners[0, 0, last + p.R + 1]
             value = jnp.where(enters, value, jnp.zeros_like(value))
-            return state + dot(p, value, jnp.transpose(key_features(p, ref, head, tile)[2]))
+            return state + dot(p, value, jnp.transpose(linear.key_features(p, ref, head, tile)[2]))
 
         state = ref.state[head]
         if p.segments:

@@ -70,6 +70,7 @@ def run(
     interpret = jax.default_backend() != "tpu" if interpret is None else interpret
     if settings is None:
         settings = config.INTERPRETED if interpret else config.of_device(jax.devices()[0].device_kind, call)
+    settings = config.fitted(settings, call.dims["T"] + call.dims.get("W", 0))
     tensors = {name: jnp.asarray(x) for name, x in tensors.items()}
     exact = precision in (None, "highest", "float32", jax.lax.Precision.HIGHEST)
     if 0 in (call.dims["B"], call.dims["T"]):
@@ -99,8 +100,8 @@ def unsupported(call: Call, tensors: Mapping[str, Any], precision: object = None
         return f"{name} has no Pallas kernel of its own; impl='xla' computes it"
     if call.storage not in DTYPES:
         return f"Mosaic has no {call.storage} arithmetic on the TPU; use one of {', '.join(DTYPES)}"
-    if precision not in (None, "default", "highest", "float32", *jax.lax.Precision):
-        return f"precision {precision!r} is not one of None, 'default', 'highest'"
     if precision in ("high", jax.lax.Precision.HIGH):
         return "Mosaic has no three-pass products; precision None or 'highest' is six passes, 'default' one"
+    if precision not in (None, "default", "highest", "float32", *jax.lax.Precision):
+        return f"precision {precision!r} is not one of None, 'default', 'highest'"
     return None

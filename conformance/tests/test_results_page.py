@@ -1,0 +1,41 @@
+"""The tables of docs/conformance.md are those of benchmarks/results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_the_stored_results():
+    assert load("tables").main(["--check"]) == 0
+
+
+def test_tables_are_made_of_results(tmp_path):
+    tables, alarms = load("tables"), load("false_alarms")
+    run = {
+        "backend": "numpy",
+        "profile": "quick",
+        "seed": 1,
+        "conforming": True,
+        "units": 7,
+        "seconds": 2.0,
+        "shares": {"rms_mix": {"float32": 0.25}},
+    }
+    alarms.write([run, {**run, "seed": 2, "conforming": False}], tmp_path / "x.json")
+    text = tables.false_alarms(json.loads((tmp_path / "x.json").read_text()))
+    assert "| `numpy` | quick | 2 | 1 | 14 | 2 | 0.250 |" in text
+    cell = {"all": 2.0**-20, "one": None}
+    text = tables.sharpness({"seeds": [1, 2], "smallest": {"rms_mix": {"out": {"float32": cell}}}})
+    assert "| `rms_mix` | `out` | 9.5e-07 / none |  |  |" in text
