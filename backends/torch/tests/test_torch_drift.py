@@ -58,12 +58,12 @@ def test_the_state_of_the_decode_kernel_does_not_drift(dtype):
         if i in watched:
             before: Any = [x[i : i + W, 0, 0, 0][None, :, None].to(DEVICE) for x in (k, v)]
             length = torch.tensor([i + W], dtype=torch.int32, device=DEVICE)
-            ring = Ring.from_canonical(*before, state[None, None].clone(), length)
             canonical: Any = [*before, state[None, None].clone(), length]
+            ring = Ring.from_canonical(*canonical)
             expected = state.clone()
             for j in range(i, i + 4):
-                new: Any = [x[j + W].to(DEVICE) for x in (q, k, v)]
-                step(ring, *new, weight, weight, window=W)
+                new = tuple(x[j + W].to(DEVICE) for x in (q, k, v))
+                step(ring, new[0], new[1], new[2], weight, weight, window=W)
                 _, *canonical = operations["rattention_extend"](*new, weight, weight, *canonical, **ATTRIBUTES)
                 expected += enters[j]
                 assert torch.equal(ring.state[0, 0], expected)
