@@ -148,6 +148,17 @@ def test_configurations_agree(config: Config) -> None:
     within(budget.evaluate("rattention.vjp", tensors, call.attributes), found)
 
 
+def test_gradients_at_vast_logits_are_finite() -> None:
+    """Logits of 1e30, where the backward's scores and the forward's differ by more than an exponent holds."""
+    tensors = {n: x for n, x in inputs(24, B=2).items() if not n.startswith("rope")}
+    for name in "qk":
+        tensors[name] = (np.round(tensors[name] * 2) * 5e14).astype(np.float32)
+    angle = np.arange(24)[:, None] / 10.0 ** np.arange(8)
+    tensors |= {"rope_cos": np.cos(angle).astype(np.float32), "rope_sin": np.sin(angle).astype(np.float32)}
+    found = backend.run("rattention.vjp", cotangents("rattention", tensors, {"window": 5}), {"window": 5})
+    assert {name: int(np.sum(~np.isfinite(x))) for name, x in found.items() if not np.all(np.isfinite(x))} == {}
+
+
 def test_what_the_kernels_lack_is_refused() -> None:
     half = {n: x.astype(np.float16) if n in "qkv" else x for n, x in inputs(5).items() if n != "rla_weight"}
     half["rla_weight"] = half["swa_weight"]

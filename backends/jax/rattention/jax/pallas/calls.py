@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rattention.jax.pallas import backward, decode, forward, watch
 from rattention.jax.pallas.config import Config
 from rattention.jax.pallas.plan import Plan
+from rattention.spec import Unsupported
 
 F32 = jnp.float32
 KERNELS = (
@@ -151,6 +152,11 @@ def run_backward(
     p: Plan, given: Mapping[str, Any], fixed: Mapping[str, Any], saved: Mapping[str, Any], cotangents: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Gradients of `given`, of its shapes and dtypes."""
+    memory = p.config.vmem
+    if not p.interpret and memory is not None and memory < 16 * 2**20 and p.dtype == "float32" and p.key_dim > 128:
+        raise Unsupported(
+            "16 MiB of on-chip memory (TPU v4) do not hold the float32 backward at D > 128; use impl='xla'"
+        )
     steps, heads = p.steps, p.together * p.G
     name = "rattention_backward" if p.mode == "mix" else f"{p.mode}_backward"
     b = Builder(p, name, (p.batch, p.groups, steps + p.back))

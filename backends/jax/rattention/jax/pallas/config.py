@@ -39,18 +39,30 @@ INTERPRETED = Config(chunk=32, blocks=1, heads=8, backward_heads=8, tiles=4)
 # A little below what a core has: 16 MiB on v4, 64 on v5p, 128 on v5e and v6e.
 _MEMORY = {"v4": 15 * 2**20, "v5e": 100 * 2**20, "v5p": 60 * 2**20, "v6e": 100 * 2**20}
 
-# Chunks per step where they are not 4. Wide heads and float32, whose products are six passes, make long programs that
-# compile slowly; on v4 the backward's window of tiles and sums must fit 16 MiB.
-_BLOCKS = {(256, "bfloat16"): 2, (64, "float32"): 2, (128, "float32"): 2, (256, "float32"): 1}
-_BLOCKS_V4 = {(64, "bfloat16"): 2, (128, "bfloat16"): 2}
-
-# Frozen: from benchmarks/results/tpu_search.json, by (generation, head dim, storage dtype).
-_DEFAULTS: dict[tuple[str, int, str], dict[str, int]] = {
-    (generation, dim, dtype): {"blocks": blocks}
-    for generation in GENERATIONS[1:]
-    for (dim, dtype), blocks in _BLOCKS.items()
+# By (head dim, storage dtype). Wide heads and float32, whose products are six passes, make long programs that compile
+# slowly: fewer chunks per step, without a search.
+_SHORTER: dict[tuple[int, str], dict[str, int]] = {
+    (256, "bfloat16"): {"blocks": 2},
+    (64, "float32"): {"blocks": 2},
+    (128, "float32"): {"blocks": 2},
+    (256, "float32"): {"blocks": 1},
 }
-_DEFAULTS |= {("v4", dim, dtype): {"blocks": _BLOCKS_V4.get((dim, dtype), 1)} for dim, dtype in (*_BLOCKS, *_BLOCKS_V4)}
+# On v4 the backward's window, sums and spills must fit 16 MiB: one head at a time, one task after the other.
+_NARROW = {"blocks": 1, "backward_heads": 1, "backward_lag": 16}
+_V4: dict[tuple[int, str], dict[str, int]] = {
+    (64, "bfloat16"): {"blocks": 2, "backward_heads": 1},
+    (128, "bfloat16"): {"blocks": 2},
+    (256, "bfloat16"): _NARROW,
+    (64, "float32"): _NARROW,
+    (128, "float32"): {"blocks": 1},
+    (256, "float32"): _NARROW,
+}
+
+# Frozen: from benchmarks/results/tpu_search.json and, on v4, from what fits; by (generation, head dim, storage dtype).
+_DEFAULTS: dict[tuple[str, int, str], dict[str, int]] = {
+    (generation, *key): fields for generation in GENERATIONS[1:] for key, fields in _SHORTER.items()
+}
+_DEFAULTS |= {("v4", *key): fields for key, fields in _V4.items()}
 _DEFAULTS[("v5p", 128, "bfloat16")] = {"lag": 2}
 
 

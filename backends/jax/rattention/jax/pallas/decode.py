@@ -81,7 +81,8 @@ def one_head(p: Plan, ref: SimpleNamespace, head: int) -> None:
     logits[0] = jnp.where((slot >= start) & (slot >= token), logits[0], -jnp.inf)
     logits[1] = jnp.where(fresh <= token, logits[1], -jnp.inf)
     top = functools.reduce(jnp.maximum, [jnp.max(x, axis=0, keepdims=True) for x in logits])
-    weights = [jnp.exp2(x - top) for x in logits]
+    # Not above 0 even where the factor of x is contracted with the subtraction.
+    weights = [jnp.exp2(jnp.minimum(x - top, 0.0)) for x in logits]
     total = functools.reduce(jnp.add, [jnp.sum(x, axis=0, keepdims=True) for x in weights])
     values = [dot(p, v, w.astype(dtype), (0, 0)) for v, w in zip((old_v, new_v), weights, strict=True)]
     o1 = values[0] + values[1]

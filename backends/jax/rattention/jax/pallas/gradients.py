@@ -110,20 +110,25 @@ class Work:
         yield
         held += [(r, self.scores.score(r)) for r in p.unrolled]
         yield
-        self.weights = [(r, jnp.exp2(s - self.lse)) for r, s in held]
+        self.weights = [(r, self.weight(s)) for r, s in held]
         output = functools.reduce(jnp.add, [self.scores.weigh(r, w) for r, w in self.weights])
         if p.loop[1]:
 
             def group(r: Any, total: Any) -> Any:
                 parts = [total]
                 for i in range(p.config.tiles):
-                    weight = jnp.exp2(self.scores.score(r + i) - self.lse)
+                    weight = self.weight(self.scores.score(r + i))
                     parts.append(self.scores.weigh(r + i, weight))
                 return functools.reduce(jnp.add, parts)
 
             output = loop_groups(p, p.R - self.chunk, output, group)
         self.o1 = output
         yield
+
+    def weight(self, s: Any) -> Any:
+        """Softmax weights of logits. Scores made again may be rounded otherwise than those in the saved sum: at logits
+        of 1e30 by more than any exponent holds, so the bound that a weight has anyway is enforced (SWA-3)."""
+        return jnp.exp2(jnp.minimum(s - self.lse, 0.0))
 
     def view(self) -> SimpleNamespace:
         """The window as `forward.Scores` indexes it: tile r of chunk n at n + r."""
@@ -218,7 +223,7 @@ class Work:
             def group(r: Any, total: Any) -> Any:
                 parts = [total]
                 for i in range(p.config.tiles):
-                    parts.append(self.tile(r + i, jnp.exp2(self.scores.score(r + i) - self.lse)))
+                    parts.append(self.tile(r + i, self.weight(self.scores.score(r + i))))
                 return functools.reduce(jnp.add, parts)
 
             dq = loop_groups(p, p.R - self.chunk, dq, group)

@@ -151,11 +151,11 @@ def phi(p: Plan, x: Any) -> list[Any]:
     if p.feature_map == "relu":
         return [jnp.maximum(x, 0.0), jnp.maximum(-x, 0.0)]
     live = live_channels(p, x)
-    x = x * LOG2E
     top = x if live is None else jnp.where(live, x, -jnp.inf)
     bottom = x if live is None else jnp.where(live, x, jnp.inf)
-    up = jnp.exp2(top - jnp.max(top, axis=0, keepdims=True))
-    down = jnp.exp2(jnp.min(bottom, axis=0, keepdims=True) - bottom)
+    # The difference before the factor: a product contracted with the subtraction is not below its own rounded maximum.
+    up = jnp.exp2((top - jnp.max(top, axis=0, keepdims=True)) * LOG2E)
+    down = jnp.exp2((jnp.min(bottom, axis=0, keepdims=True) - bottom) * LOG2E)
     return [e * (1.0 / jnp.sum(e, axis=0, keepdims=True)) for e in (up, down)]
 
 

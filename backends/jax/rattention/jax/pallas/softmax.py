@@ -85,6 +85,10 @@ class Scores:
         self.top = jnp.max(top, axis=0, keepdims=True)
         yield
 
+    def exponential(self, s: Any, top: Any) -> Any:
+        """2^(s - top). A factor of s contracted with the subtraction could leave it above 0, at vast logits by far."""
+        return jnp.exp2(s - top if folded(self.p) else jnp.minimum(s - top, 0.0))
+
     def weigh(self, r: Any, weight: Any) -> Any:
         """V^T p^T of one entry of `held`."""
         p, ref, dtype = self.p, self.ref, self.queries.dtype
@@ -99,7 +103,7 @@ class Scores:
         total: Any = None
         output: Any = None
         for i, (r, s) in enumerate(self.held):
-            weight = jnp.exp2(s - self.top)
+            weight = self.exponential(s, self.top)
             total = weight if total is None else total + weight
             part = self.weigh(r, weight)
             output = part if output is None else output + part
@@ -118,7 +122,7 @@ class Scores:
             top, total, output = carry
             scores = [self.score(r + i) for i in range(p.config.tiles)]
             new = jnp.maximum(top, jnp.max(functools.reduce(jnp.maximum, scores), axis=0, keepdims=True))
-            weights = [jnp.exp2(s - new) for s in scores]
+            weights = [self.exponential(s, new) for s in scores]
             shrink = jnp.exp2(top - new)
             added = jnp.sum(functools.reduce(jnp.add, weights), axis=0, keepdims=True)
             values = [ref.v_tiles[self.head, self.n + r + i] for i in range(p.config.tiles)]
