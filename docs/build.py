@@ -3,7 +3,8 @@
     python docs/build.py [OUTPUT [STAGE]]        # site/ and build/docs/ unless given
 
 The chapters and guides are the same files that are read on a code host; nothing is written twice. Staging keeps their
-places, so relative links hold. A link to a file that is no page becomes a download, one to a folder plain text.
+places, so relative links hold. A link to a file becomes a download, one to a folder or to a page outside the site
+plain text.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def relink(text: str, page: Path, pages: set[Path]) -> str:
             return f"[{label}]({'../' * len(page.relative_to(ROOT).parents[1:])}index.md{anchor or ''})"
         if path in pages:
             return m[0]
-        if path.is_file():
+        if path.is_file() and path.suffix != ".md":  # a copied page would be a page outside the table of contents
             copy = STAGE / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)

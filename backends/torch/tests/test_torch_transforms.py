@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from rattention.spec import SpecError, Unsupported
 from rattention.torch import arguments, dispatch
 from rattention.torch.eager import band, fused, mix, scan
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 B, T, HQ, HKV, D, DV = 2, 12, 4, 2, 4, 3
 
@@ -113,6 +116,40 @@ def test_compile_generation():
         outs.append(out)
     want = rt.rattention(**t, initial_state=state, window=3)
     torch.testing.assert_close(torch.cat(outs, 1), want, rtol=1e-4, atol=1e-5)
+
+
+def test_export_and_checkpointing_of_the_eager_form():
+    fixed, t = constants(), inputs(torch.float32)
+    fixed = {n: x for n, x in fixed.items() if n != "segment_ids"}
+
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor):
+            return rt.rattention(q, k, v, t["swa_weight"], t["rla_weight"], **fixed)
+
+    qkv = tuple(t[n] for n in "qkv")
+    program = torch.export.export(Module(), qkv)
+    torch.testing.assert_close(program.module()(*qkv), Module()(*qkv))
+    leaves = [x.requires_grad_() for x in qkv]
+    want = torch.autograd.grad(Module()(*leaves).square().sum(), leaves)
+    again = checkpoint(Module(), *leaves, use_reentrant=False)
+    assert isinstance(again, Tensor)
+    for a, b in zip(torch.autograd.grad(again.square().sum(), leaves), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointing_the_linear_branch_of_the_eager_form():
+    t = inputs(torch.float32)
+    leaves = [t[n].requires_grad_() for n in "qkv"]
+
+    def f(*qkv: Tensor):
+        return rt.residual_linear_attention(*qkv, initial_state=t["initial_state"], window=2)
+
+    want = f(*leaves)
+    assert isinstance(want, Tensor)
+    again = checkpoint(f, *leaves, use_reentrant=False)
+    assert isinstance(again, Tensor)
+    pairs = zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (again, want)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_compile_serves_many_lengths_with_few_graphs():
@@ -240,10 +277,13 @@ def test_values_are_checked_on_the_host_and_never_read_from_traced_tensors():
     assert not arguments.plain(torch.empty(1).as_subclass(torch.nn.Parameter))
 
 
-def test_choice_of_implementation():  # BCK-3
+def test_choice_of_implementation(monkeypatch):  # BCK-3
     t = inputs(torch.float32)
-    with pytest.raises(Unsupported, match="CUDA and ROCm tensors, these are on cpu"):
-        rt.rattention(**t, window=2, impl="triton")
+    with monkeypatch.context() as m:
+        module = importlib.import_module("rattention.torch.triton.operations")
+        m.setattr(module, "INTERPRET", SimpleNamespace(value=False))
+        with pytest.raises(Unsupported, match=r"CUDA and ROCm tensors, these are on cpu; .* TRITON_INTERPRET=1"):
+            rt.rattention(**t, window=2, impl="triton")
     with pytest.raises(ValueError, match="impl: expected one of eager, triton"):
         rt.rattention(**t, window=2, impl="cuda")
     with pytest.raises(ValueError, match="precision: expected one of"):

@@ -151,6 +151,21 @@ def test_the_state_of_float16_passes_its_range(vjp):
     judge(op, tensors, attrs, "local_states")
 
 
+@pytest.mark.parametrize("op", ["rattention", "rattention.vjp", "rattention_extend"])
+def test_rotation_may_lengthen_float16_past_its_range(op):
+    """SWA-3, ROPE-3: channels near 65504, whose rotated pairs reach sqrt(2) times as far."""
+    tensors, attrs = case(
+        op, T=6 if "extend" not in op else 1, window=2, dtype="float16", options=("rope",), cached=[9]
+    )
+    for name in ("q", "k", "cache_k"):
+        if name in tensors:
+            tensors[name] = (6e4 * np.sign(tensors[name].astype(np.float32))).astype(np.float16)
+    turned = np.full_like(tensors["rope_cos"], np.sqrt(0.5))
+    tensors |= {"rope_cos": turned, "rope_sin": turned}
+    attrs["scale"] = 1e-9
+    judge(op, tensors, attrs, "query_grad" if "vjp" in op else "decode" if "extend" in op else "attend")
+
+
 @pytest.mark.parametrize("op", ["sliding_window_attention", "residual_linear_attention"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vjp", ["", ".vjp"])

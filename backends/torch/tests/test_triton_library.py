@@ -179,3 +179,15 @@ def test_what_it_lacks_it_refuses():
     with pytest.raises(Unsupported, match="256"):
         attention(wide, wide, wide, weight, weight)
     assert available(torch.device("meta"))
+
+
+def test_the_adapter_says_what_it_needs(monkeypatch):
+    """BCK-3: without a device and without the interpreter it does not even describe itself, and says how it would."""
+    from rattention.torch.triton_adapter import backend
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(Unsupported, match="TRITON_INTERPRET=1 runs the kernels on the CPU"):
+        backend.describe()
+    with pytest.raises(Unsupported, match="no CUDA or ROCm device here"):
+        backend.run("feature_map", {"x": torch.ones(1, 1, 1, 2).numpy()}, {"feature_map": "relu"})

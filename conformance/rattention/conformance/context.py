@@ -151,7 +151,7 @@ class Context:
     def _kernels(self, op: str, dims: Mapping[str, int], result: Any, claimed: Any) -> None:
         metadata = result.metadata if isinstance(result, Result) else {}
         launched = list(metadata.get("kernels") or ())
-        empty = 0 in (dims.get("B", 1), dims.get("T", 1))
+        empty = 0 in [dims.get(size, 1) for size in (("M",) if str(op).startswith("rope_table") else ("B", "T"))]
         path = str(metadata.get("path", ""))
         if empty:
             return

@@ -196,7 +196,19 @@ def diagnose(ctx: Context, case: Case, recipe: Recipe, violations: list[Violatio
             v.clauses = tuple(dict.fromkeys((*labels, "NUM-1")))
             v.guess = guess
         if case.is_vjp:
-            v.clauses = tuple(dict.fromkeys((*_gradient_first(v), *v.clauses)))
+            # Where the gradient of one parameter alone is wrong, what is said of that parameter comes first.
+            own = PARAMETERS.get(v.output, ()) if outputs == {v.output} else ()
+            v.clauses = tuple(dict.fromkeys((*_gradient_first(v), *own, *v.clauses)))
+
+
+PARAMETERS = {
+    "d_q_scale": ("RLA-3",),
+    "d_k_scale": ("RLA-3",),
+    "d_memory": ("RLA-5",),
+    "d_initial_state": ("RLA-4",),
+    "d_swa_weight": ("MIX-1",),
+    "d_rla_weight": ("MIX-1",),
+}
 
 
 def _gradient_first(v: Violation) -> tuple[str, ...]:

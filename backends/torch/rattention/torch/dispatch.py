@@ -30,7 +30,8 @@ def register(name: str, loader: Callable[[], Implementation]) -> None:
 def choose(impl: str | None, operation: str, tensor: Tensor) -> Callable[..., tuple[Tensor, ...]]:
     """The function that runs `operation` on tensors like `tensor`.
 
-    `impl=None` means Triton on CUDA and ROCm tensors where this installation has it, else eager.
+    `impl=None` means Triton on CUDA and ROCm tensors where this installation has it, else eager. By name, the
+    kernels also run on CPU tensors where Triton interprets (TRITON_INTERPRET=1).
 
     Raises:
         Unsupported: the implementation named does not run here, with the reason (BCK-3).
@@ -40,9 +41,9 @@ def choose(impl: str | None, operation: str, tensor: Tensor) -> Callable[..., tu
         impl = "triton" if tensor.device.type == "cuda" and _has_triton() else "eager"
     if impl not in _loaders:
         raise ValueError(f"impl: expected one of {', '.join(_loaders)} or None, got {impl!r}")
-    if impl == "triton" and tensor.device.type != "cuda":
-        raise Unsupported(f"impl='triton' runs on CUDA and ROCm tensors, these are on {tensor.device.type}")
     functions = _loaders[impl]()
+    if impl == "triton" and (reason := importlib.import_module("rattention.torch.triton").available(tensor.device)):
+        raise Unsupported(f"impl='triton': {reason}")
     if operation not in functions:
         raise Unsupported(f"impl={impl!r} does not implement {operation}")
     return functions[operation]

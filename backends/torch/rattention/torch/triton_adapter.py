@@ -16,10 +16,11 @@ class TritonBackend:
     """`torch-triton`: every operation and its `.vjp` through the kernels, or not at all.
 
     On a machine with a CUDA or ROCm device the kernels run there. Elsewhere they run under Triton's interpreter if
-    TRITON_INTERPRET=1 is set; if not, every run is refused.
+    TRITON_INTERPRET=1 is set before Triton is first imported; if not, the adapter is refused.
     """
 
     def describe(self) -> dict[str, Any]:
+        _refuse_without_a_device()
         from rattention.torch.triton.operations import KERNELS
 
         spec = load()
@@ -38,8 +39,7 @@ class TritonBackend:
 
     def run(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Result:
         call = check(op, tensors, attrs)
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            raise Unsupported("no CUDA or ROCm device here; TRITON_INTERPRET=1 runs the kernels on the CPU")
+        _refuse_without_a_device()
         from rattention.torch.triton import operations
         from rattention.torch.triton.launch import recording
         from rattention.torch.triton.tiles import INTERPRET
@@ -48,6 +48,11 @@ class TritonBackend:
         with recording() as launches:
             outputs = run_operations(operations, call, tensors, device)
         return Result(outputs, path="triton", kernels=list(dict.fromkeys(x.name for x in launches)))
+
+
+def _refuse_without_a_device() -> None:
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise Unsupported("no CUDA or ROCm device here; TRITON_INTERPRET=1 runs the kernels on the CPU")
 
 
 backend = TritonBackend()

@@ -73,8 +73,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor, *_: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = fused_backward(d_out, d_final, *ctx.saved_tensors, *ctx.rest)
-        absent = [x is None for x in ctx.saved_tensors[:DIFFERENTIABLE]]
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
+        grads = fused_backward(d_out, d_final, *saved, *ctx.rest)
+        absent = [x is None for x in saved[:DIFFERENTIABLE]]
         named = [None if gone else g for gone, g in zip(absent, grads, strict=True)]
         return (*named, *(None,) * (len(Inputs._fields) - DIFFERENTIABLE + 7))
 

@@ -78,8 +78,9 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_final: Tensor, _: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
-        *grads, d_state = scan_backward(d_out, d_final, *ctx.saved_tensors, *ctx.rest)
-        return (*grads, None if ctx.saved_tensors[3] is None else d_state, *(None,) * 6)
+        saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
+        *grads, d_state = scan_backward(d_out, d_final, *saved, *ctx.rest)
+        return (*grads, None if saved[3] is None else d_state, *(None,) * 6)
 
 
 class _Chunks:

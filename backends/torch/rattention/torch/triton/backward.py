@@ -54,7 +54,7 @@ def backward(
     HP = p.heads(tile.rows, p.memory is not None)
     C = tile.rows // HP
     tiles, blocks = ceil_div(p.Tq, C), ceil_div(p.G, HP)
-    qr = empty(*p.q.shape, dtype=p.q.dtype) if p.rope_cos is not None and p.soft else None
+    qr = empty(*p.q.shape, dtype=p.turned_dtype) if p.rope_cos is not None and p.soft else None
     rotated = p.q if qr is None else qr
     wide = (p.B, p.Tq, p.Hq, p.Dv)
     dx_s = empty(*wide, dtype=p.wide_dtype) if p.soft else None

@@ -167,16 +167,26 @@ class Plan:
         tf32 = "bf16x3" if target_kind(self.q).startswith("gfx") else "tf32"
         # What is not float32 has no precision to choose; "ieee" stands for it on every target.
         reduced = tf32 if self.reduced and exact else "ieee"
+        if self.turned_dtype != self.q.dtype:
+            storage, narrow = wide, tf32
+        else:
+            narrow = reduced
         return {
             "NARROW": storage,
             "WIDE": wide,
-            "PRECISION": reduced,
-            "WIDE_PRECISION": tf32 if storage == tl.float16 else reduced,
+            "PRECISION": narrow,
+            "WIDE_PRECISION": tf32 if self.q.dtype == torch.float16 else reduced,
         }
 
     @property
     def wide_dtype(self) -> torch.dtype:
         return torch.float32 if self.q.dtype == torch.float16 else self.q.dtype
+
+    @property
+    def turned_dtype(self) -> torch.dtype:
+        """Of rotated queries and keys, and then of the operands beside them: a rotation lengthens a channel by up to
+        sqrt(2), past the range of float16."""
+        return self.q.dtype if self.rope_cos is None else self.wide_dtype
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -205,7 +215,7 @@ class Plan:
         """K turned by the rotary table, or K itself without one."""
         if self.rope_cos is None or not self.soft or self.empty:
             return self.k
-        out = torch.empty(self.k.shape, dtype=self.k.dtype, device=self.k.device)
+        out = torch.empty(self.k.shape, dtype=self.turned_dtype, device=self.k.device)
         tile = self.config.states
         launch(
             rotate_keys, ceil_div(self.Tk, tile.keys) * self.Hkv * self.B,

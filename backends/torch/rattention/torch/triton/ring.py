@@ -74,7 +74,7 @@ def _launch(
 ) -> Tensor:  # fmt: skip
     B, _, Hq, D = q.shape
     Hkv, Dv = v.shape[2:]
-    sizes = Plan(q, k, v, window, scale, feature_map, eps, "mix", reduced)
+    sizes = Plan(q, k, v, window, scale, feature_map, eps, "mix", reduced, rope_cos=rope_cos)
     config = configuration(q, D, Dv)
     G, W = Hq // Hkv, max(window, 0)
     R = power_of_two(G)
