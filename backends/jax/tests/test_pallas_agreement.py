@@ -127,6 +127,7 @@ def test_single_branches() -> None:
     "config",
     [
         Config(chunk=16, blocks=2, heads=1, backward_heads=1, lag=2),  # state rebuilt inside a step, tasks staggered
+        Config(chunk=16, blocks=2, rolled=True),  # query heads of the backward in a loop
         Config(chunk=16, blocks=3, heads=2, backward_heads=2, tiles=2),  # the window in a loop, online softmax
     ],
 )
