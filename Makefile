@@ -8,9 +8,10 @@ JOBS ?= 2
 # A GPU's own installation of torch, triton and jax, rather than .venv.
 GPU = PYTHONPATH=$(ROOTS) $(PYTHON)
 
-# Without an accelerator, libtpu complains about it on stderr in every process that loads jax.
+# Without an accelerator, Triton's kernels run in its interpreter, and libtpu complains on stderr in every process.
 ifeq ($(wildcard /dev/accel* /dev/vfio/* /dev/nvidia* /dev/kfd),)
 conform mutants: export JAX_PLATFORMS ?= cpu
+conform: export TRITON_INTERPRET ?= 1
 endif
 
 .PHONY: help conform test lint docs bench gpu mutants vectors clean

@@ -49,7 +49,11 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
 
 
 def matrix(outcome: Outcome) -> dict[str, dict[str, str]]:
-    """Operation by dtype: pass, FAIL, unsupported or untested."""
+    """Operation by dtype: pass, FAIL, unsupported or untested.
+
+    What the backend does not declare is unsupported, though it passes the test that it is refused (BCK-3).
+    """
+    declared = {key: _listed(outcome.describe.get(key)) for key in ("operations", "dtypes")}
     seen: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     dtypes = load().storage_dtypes
     for r in outcome.results:
@@ -65,6 +69,8 @@ def matrix(outcome: Outcome) -> dict[str, dict[str, str]]:
             row[dtype] = (
                 "FAIL"
                 if counts["fail"]
+                else "unsupported"
+                if op not in declared["operations"] or dtype not in declared["dtypes"]
                 else "pass"
                 if counts["pass"]
                 else "unsupported"
@@ -73,6 +79,11 @@ def matrix(outcome: Outcome) -> dict[str, dict[str, str]]:
             )
         table[op] = row
     return table
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """What a description lists; nothing where it is broken, which "description" reports."""
+    return tuple(value) if isinstance(value, list | tuple) else ()
 
 
 def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
