@@ -55,11 +55,11 @@ class ReadOnce:
     @contextlib.contextmanager
     def in_loop(cls) -> Iterator[None]:
         """While the body of a loop is traced: nothing of it may be kept for what follows."""
-        cls.inside_loop = True
+        outer, cls.inside_loop = cls.inside_loop, True
         try:
             yield
         finally:
-            cls.inside_loop = False
+            cls.inside_loop = outer
 
     def __init__(self, ref: Any):
         self._ref, self._seen = ref, {}
