@@ -89,6 +89,15 @@ def test_packed_documents_with_poisoned_padding() -> None:
     check("rattention.vjp", tensors, {"window": 20}, ["rattention_forward", "rattention_backward"])
 
 
+def test_documents_in_an_endless_window_do_not_share_the_initial_state() -> None:
+    """At window None no fold drops it: the final state of the last document is not the first one's (SEG-7)."""
+    tensors = {n: x for n, x in inputs(50, B=2).items() if not n.startswith("rope")}
+    ids = np.ones((2, 50), np.int32)
+    ids[0, 20:] = 2
+    tensors = cotangents("rattention", tensors | {"segment_ids": ids}, {"window": None})
+    check("rattention.vjp", tensors, {"window": None}, ["rattention_forward", "rattention_backward"])
+
+
 @pytest.mark.parametrize(
     ("T", "w", "kernel"),
     [(3, 11, "rattention_decode"), (1, 20, "rattention_decode"), (20, 20, "rattention_forward"),
