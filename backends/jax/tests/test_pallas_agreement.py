@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from rattention.jax.pallas import Config, ops
-from rattention.jax.pallas_adapter import backend
+from rattention.jax.pallas_adapter import backend, fast_to_compile
 from rattention.spec import Unsupported, validate
 
 budget = pytest.importorskip("rattention.numpy.budget", reason="the reference's error budget is not built")
@@ -154,7 +154,7 @@ def test_configurations_agree(config: Config) -> None:
         out, pull = jax.vjp(lambda x: ops.run(call, x, settings=config), x)
         return out, pull(d)[0]
 
-    fast = jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})
+    fast = jax.jit(program, compiler_options=fast_to_compile())
     out, gradients = fast(primal, {n[2:]: x for n, x in tensors.items() if n.startswith("d_")})
     within(budget.evaluate("rattention", primal, call.attributes), out)
     found = {f"d_{n}": x for n, x in gradients.items() if not n.startswith("rope")}
