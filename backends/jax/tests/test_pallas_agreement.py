@@ -127,12 +127,16 @@ def test_single_branches() -> None:
     "config",
     [
         Config(chunk=16, blocks=2, heads=1, backward_heads=1, lag=2),  # state rebuilt inside a step, tasks staggered
+        Config(chunk=16, blocks=2, rolled=True),  # query heads of the backward in a loop
+        Config(chunk=16, blocks=1, rolled=True, tiles=2),  # a loop over the window in it
         Config(chunk=16, blocks=3, heads=2, backward_heads=2, tiles=2),  # the window in a loop, online softmax
     ],
 )
 def test_configurations_agree(config: Config) -> None:
     w = 31 if config.tiles > 2 else 90
-    tensors = {n: x for n, x in inputs(140 if w == 90 else 75).items() if n not in ("memory", "rope_cos", "rope_sin")}
+    tensors = inputs(140 if w == 90 else 75)
+    if not config.rolled or w == 90:
+        tensors = {n: x for n, x in tensors.items() if n not in ("memory", "rope_cos", "rope_sin")}
     tensors = cotangents("rattention", tensors, {"window": w})
     primal = {n: x for n, x in tensors.items() if not n.startswith("d_")}
     call = validate("rattention", primal, {"window": w})
@@ -144,7 +148,7 @@ def test_configurations_agree(config: Config) -> None:
     fast = jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})
     out, gradients = fast(primal, {n[2:]: x for n, x in tensors.items() if n.startswith("d_")})
     within(budget.evaluate("rattention", primal, call.attributes), out)
-    found = {f"d_{n}": x for n, x in gradients.items()}
+    found = {f"d_{n}": x for n, x in gradients.items() if not n.startswith("rope")}
     within(budget.evaluate("rattention.vjp", tensors, call.attributes), found)
 
 

@@ -109,12 +109,11 @@ def test_the_recorded_matrix(generation: str) -> None:
             missing.append((D, dtype, kind))
             continue
         (row,) = found
-        if (generation, D, dtype, kind) == ("v4", 256, "float32", "backward"):
-            assert "Unsupported" in row["error"]
+        settings = config.default(generation, D, dtype)
+        if row.get("config") != calls.shown(settings):
+            missing.append((D, dtype, kind))
             continue
         assert "error" not in row, row
-        settings = config.default(generation, D, dtype)
-        assert row["config"] == calls.shown(settings), wanted
         names = ["rattention_forward"] * (kind == "backward") + [f"rattention_{kind}"]
         assert list(row["kernels"]) == names
         assert settings.vmem is not None

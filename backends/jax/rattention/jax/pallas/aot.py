@@ -6,6 +6,7 @@ Programs of single kernels, whose schedules `benchmarks/tpu_schedule.py` reads, 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -37,6 +38,12 @@ def compile_for(generation: str, f: Callable[..., Any], *args: Any) -> Any:
     sharding = SingleDeviceSharding(device(generation))
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     return jax.jit(f).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+
+
+def digest(settings: Config, f: Callable[..., Any], *args: Any) -> str:
+    """Names the program of `f` and its configuration: records made under one digest need not be made again."""
+    text = f"{settings}\n{jax.make_jaxpr(f)(*args)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def tensors(

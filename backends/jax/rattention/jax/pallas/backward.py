@@ -70,7 +70,7 @@ def start(p: Plan, ref: SimpleNamespace) -> None:
         if hasattr(ref, name):
             sums = getattr(ref, name)
             sums[...] = jnp.zeros(sums.shape, sums.dtype)
-    if p.mode == "mix":
+    if p.mode == "mix" and not p.config.rolled:
         forward.gains(p, ref)
     if p.q_scale:
         ref.q_column[...] = jnp.transpose(jnp.broadcast_to(ref.q_scale[...], (p.C, p.key_dim)))
@@ -137,6 +137,12 @@ def compute(p: Plan, ref: SimpleNamespace, step: Any) -> None:
     if p.state:
         for head in range(p.together):
             states.rebuild(p, ref, step, head)
+
+    if p.config.rolled:
+        for n in reversed(range(p.m)):
+            for head in range(p.together):
+                gradients.rolled(p, ref, step, n, head)
+        return
 
     def emitted() -> Iterator[Iterator[None]]:
         for n in reversed(range(p.m)):

@@ -16,7 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 from rattention.jax.pallas import backward, decode, forward, watch
 from rattention.jax.pallas.config import Config
 from rattention.jax.pallas.plan import Plan
-from rattention.spec import Unsupported
 
 F32 = jnp.float32
 KERNELS = (
@@ -48,6 +47,9 @@ class Builder:
 
     def __init__(self, p: Plan, name: str, grid: tuple[int, ...]):
         self.p, self.name, self.grid = p, name, grid
+        # A rolled backward is short of memory: a step waits for its blocks.
+        self.single = p.config.rolled and name.endswith("backward")
+        self.mode: dict[str, Any] = {"pipeline_mode": pl.Buffered(1)} if self.single and not p.interpret else {}
         self.arrays: list[Any] = []
         self.inputs: list[tuple[str, pl.BlockSpec]] = []
         self.outputs: list[tuple[str, pl.BlockSpec, jax.ShapeDtypeStruct]] = []
@@ -55,7 +57,7 @@ class Builder:
 
     def take(self, name: str, array: Any, block: tuple[int, ...], index: Callable[..., tuple[Any, ...]]) -> None:
         self.arrays.append(array)
-        self.inputs.append((name, pl.BlockSpec(block, index)))
+        self.inputs.append((name, pl.BlockSpec(block, index, **self.mode)))
 
     def scalars(self, name: str, array: Any, rows: bool) -> None:
         """An array [B or 1, 1, K] of numbers that steer, in scalar memory."""
@@ -64,19 +66,19 @@ class Builder:
         self.inputs.append((name, pl.BlockSpec((1, 1, array.shape[2]), index, memory_space=pltpu.SMEM)))
 
     def give(self, name: str, shape: tuple[int, ...], dtype: Any, block: tuple[int, ...], index: Any) -> None:
-        self.outputs.append((name, pl.BlockSpec(block, index), jax.ShapeDtypeStruct(shape, dtype)))
+        self.outputs.append((name, pl.BlockSpec(block, index, **self.mode), jax.ShapeDtypeStruct(shape, dtype)))
 
     def keep(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
         self.scratch.append((name, pltpu.VMEM(shape, dtype)))
 
     def held(self) -> int:
-        """Bytes of on-chip memory: scratch, and each block twice, since the next one arrives while one is used."""
+        """Bytes of on-chip memory: scratch, and each block, twice where the next one arrives while one is used."""
         blocks = [(spec, x.dtype) for (_, spec), x in zip(self.inputs, self.arrays, strict=True)]
         blocks += [(spec, shape.dtype) for _, spec, shape in self.outputs]
         total = 0
         for spec, dtype in blocks:
             sizes = [int(n) for n in spec.block_shape or () if isinstance(n, int)]
-            total += 2 * math.prod(sizes) * jnp.dtype(dtype).itemsize
+            total += (1 if self.single else 2) * math.prod(sizes) * jnp.dtype(dtype).itemsize
         for _, scratch in self.scratch:
             total += math.prod(scratch.shape) * jnp.dtype(scratch.dtype).itemsize
         return total
@@ -152,11 +154,6 @@ def run_backward(
     p: Plan, given: Mapping[str, Any], fixed: Mapping[str, Any], saved: Mapping[str, Any], cotangents: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Gradients of `given`, of its shapes and dtypes."""
-    memory = p.config.vmem
-    if not p.interpret and memory is not None and memory < 16 * 2**20 and p.dtype == "float32" and p.key_dim > 128:
-        raise Unsupported(
-            "16 MiB of on-chip memory (TPU v4) do not hold the float32 backward at D > 128; use impl='xla'"
-        )
     steps, heads = p.steps, p.together * p.G
     name = "rattention_backward" if p.mode == "mix" else f"{p.mode}_backward"
     b = Builder(p, name, (p.batch, p.groups, steps + p.back))
@@ -299,7 +296,7 @@ def window_scratch(b: Builder, tiles: int, gradients: bool) -> None:
         b.keep("read_state", (p.together, p.m, p.value_dim, p.F), dtype)
     if p.linear_tiles:
         b.keep("features", (p.together, p.m, len(p.linear_tiles), p.C, p.F), dtype)
-    if p.mode == "mix":
+    if p.mode == "mix" and not (gradients and p.config.rolled):
         b.keep("swa_gain", (heads, p.value_dim, p.C), F32)
         b.keep("rla_gain", (heads, p.value_dim, p.C), F32)
     if p.q_scale:

@@ -19,6 +19,7 @@ class Config:
         heads: query heads side by side in one matrix product of the forward.
         lag: stages by which consecutive head tasks of the forward are staggered, see `schedule.interleave`.
         backward_heads, backward_lag: the same two for the backward.
+        rolled: the backward takes the query heads of a kv head in a loop, one at a time, which saves room for spills.
         tiles: key tiles inside the window beyond which the softmax runs online, in a loop over groups of that many.
         vmem: bytes of on-chip memory that a kernel may ask for; None is the compiler's own limit.
     """
@@ -29,6 +30,7 @@ class Config:
     lag: int = 1
     backward_heads: int = 4
     backward_lag: int = 1
+    rolled: bool = False
     tiles: int = 8
     vmem: int | None = None
 
@@ -55,7 +57,7 @@ _V4: dict[tuple[int, str], dict[str, int]] = {
     (256, "bfloat16"): _NARROW,
     (64, "float32"): _NARROW,
     (128, "float32"): {"blocks": 1},
-    (256, "float32"): _NARROW,
+    (256, "float32"): {"blocks": 1, "rolled": True},
 }
 
 # Frozen: from benchmarks/results/tpu_search.json and, on v4, from what fits; by (generation, head dim, storage dtype).

@@ -14,6 +14,7 @@ from rattention.jax.pallas import linear, softmax
 from rattention.jax.pallas.parts import (
     F32,
     LOG2E,
+    ReadOnce,
     below,
     beside,
     columns,
@@ -30,28 +31,55 @@ from rattention.jax.pallas.states import base, key_gradient, unfold
 def task(p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, first: int) -> Iterator[None]:
     """The queries of chunk n for `p.backward_heads` query heads of one kv head; yields between stages."""
     w = Work(p, ref, step, n, head, first)
-    if p.softmax:
-        yield from w.softmax_output()
-    if p.linear:
-        yield from w.linear_output()
-    w.epilogue()
-    yield
+    yield from w.outputs()
     if p.softmax:
         yield from w.softmax_gradient()
     if p.linear:
+        if first == 0:
+            # Not earlier: the heads of the chunk behind must have added to the state's cotangent, these must not.
+            begin(p, ref, n, head, w.chunk)
         yield from w.linear_gradient()
     w.store_queries()
     if first + p.backward_heads == p.G:
-        for i, r in enumerate(p.linear_tiles):
-            key_gradient(p, ref, head, base(p) + n + r, ref.d_features[head, n, i])
+        end(p, ref, n, head)
     yield
+
+
+def rolled(p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int) -> None:
+    """The tasks of chunk n and one kv head as a loop over its query heads: one task's code, one task's spills."""
+    begin(p, ref, n, head, step * p.m + n)
+
+    def one(i: Any, carry: None) -> None:
+        w = Work(p, ref, step, n, head, i)
+        for stage in (w.outputs, *[w.softmax_gradient] * p.softmax, *[w.linear_gradient] * p.linear):
+            for _ in stage():
+                pass
+        w.store_queries()
+
+    with ReadOnce.in_loop():
+        lax.fori_loop(0, p.G, one, None)
+    end(p, ref, n, head)
+
+
+def begin(p: Plan, ref: SimpleNamespace, n: int, head: int, chunk: Any) -> None:
+    """Before the linear branch of the first query head: the border tiles' cotangents, unfolded where folded."""
+    for i in range(len(p.linear_tiles)):
+        folded = p.folds and i == 0
+        begun = unfold(p, ref, n, head, chunk) if folded else jnp.zeros((p.C, p.F), F32)
+        ref.d_features[head, n, i] = begun
+
+
+def end(p: Plan, ref: SimpleNamespace, n: int, head: int) -> None:
+    """After the last query head: the border tiles' gradients through phi."""
+    for i, r in enumerate(p.linear_tiles):
+        key_gradient(p, ref, head, base(p) + n + r, ref.d_features[head, n, i])
 
 
 class Work:
     """One task: rows of `N` query heads of chunk n, side by side on lanes."""
 
-    def __init__(self, p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, first: int):
-        self.p, self.ref, self.step, self.n, self.head, self.first = p, ref, step, n, head, first
+    def __init__(self, p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, first: Any):
+        self.p, self.ref, self.step, self.n, self.head = p, ref, step, n, head
         self.N = p.backward_heads
         self.chunk = step * p.m + n
         self.tile0 = base(p) + n
@@ -78,7 +106,7 @@ class Work:
 
     def natural(self, source: Any, h: int, width: int) -> Any:
         """Rows of one head [C, width] as stored, zero where no query is."""
-        return self.only_live(source[0, self.rows, h * width : (h + 1) * width])
+        return self.only_live(source[0, self.rows, columns_of(h, width)])
 
     def only_live(self, x: Any) -> Any:
         """Zero the rows of x [C, channels] where no query is."""
@@ -96,10 +124,25 @@ class Work:
             found.append(x if self.live is None else jnp.where(self.live, x, 0.0))
         return beside(found)
 
-    def per_head(self, column: Any) -> Any:
-        return beside([column[h] for h in self.heads])
+    def gain(self, branch: str) -> Any:
+        """The norm's gains [Dv, N*C], as columns."""
+        p, ref = self.p, self.ref
+        if p.config.rolled:
+            weight = getattr(ref, f"{branch}_weight")
+            rows = [weight[:, columns_of(h, p.value_dim)] for h in self.heads]
+            return beside([jnp.transpose(jnp.broadcast_to(row, (p.C, p.value_dim))) for row in rows])
+        return beside([getattr(ref, f"{branch}_gain")[h] for h in self.heads])
 
     # ---- outputs, as in the forward
+
+    def outputs(self) -> Iterator[None]:
+        """Both branches made again, and their cotangents."""
+        if self.p.softmax:
+            yield from self.softmax_output()
+        if self.p.linear:
+            yield from self.linear_output()
+        self.epilogue()
+        yield
 
     def softmax_output(self) -> Iterator[None]:
         """Weights of the unrolled tiles, normalised, and o1^T [Dv, N*C]."""
@@ -186,20 +229,17 @@ class Work:
         self.d1 = self.d2 = d
         if p.mode != "mix":
             return
-        for which, name, gain, sums in (
-            (1, "o1", "swa_gain", "d_swa_sum"),
-            (2 * p.softmax, "o2", "rla_gain", "d_rla_sum"),
-        ):
+        for which, name, branch in ((1, "o1", "swa"), (2 * p.softmax, "o2", "rla")):
             if not (p.softmax if name == "o1" else p.linear):
                 continue
             norm = self.row(which)
             unit = getattr(self, name) * norm
-            g = d * self.per_head(getattr(ref, gain))
+            g = d * self.gain(branch)
             mean = jnp.sum(g * unit, axis=0, keepdims=True) * (1 / p.true_value_dim)
             setattr(self, "d" + name[1], norm * (g - unit * mean))
             product = d * unit
             for i, h in enumerate(self.heads):
-                getattr(ref, sums)[h] += self.lanes(product, i)
+                getattr(ref, f"d_{branch}_sum")[h] += self.lanes(product, i)
 
     # ---- softmax branch
 
@@ -263,12 +303,6 @@ class Work:
 
     def linear_gradient(self) -> Iterator[None]:
         p, ref = self.p, self.ref
-        if self.first == 0:
-            # Not earlier: the heads of the chunk behind must have added to the state's cotangent, these must not.
-            for i in range(len(p.linear_tiles)):
-                folded = p.folds and i == 0
-                begun = unfold(p, ref, self.n, self.head, self.chunk) if folded else jnp.zeros((p.C, p.F), F32)
-                ref.d_features[self.head, self.n, i] = begun
         d2r = self.d2.astype(self.dtype)
         d2n = self.rows_of(d2r)
         features = self.rows_of(self.features)
@@ -319,7 +353,14 @@ class Work:
                 out = jnp.transpose(functools.reduce(jnp.add, parts).astype(self.dtype))
             else:
                 out = jnp.zeros((p.C, p.key_dim), self.dtype)
-            ref.d_q[0, self.rows, h * p.key_dim : (h + 1) * p.key_dim] = self.only_live(out)
+            ref.d_q[0, self.rows, columns_of(h, p.key_dim)] = self.only_live(out)
+
+
+def columns_of(h: Any, width: int) -> Any:
+    """The columns of head h in [C, H*width]; h may be a loop's."""
+    if isinstance(h, int):
+        return slice(h * width, (h + 1) * width)
+    return pl.ds(pl.multiple_of(h * width, width), width)
 
 
 class Shifted:

@@ -8,6 +8,7 @@ back to [tokens, channels].
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,16 @@ class ReadOnce:
     """
 
     inside_loop = False
+
+    @classmethod
+    @contextlib.contextmanager
+    def in_loop(cls) -> Iterator[None]:
+        """While the body of a loop is traced: nothing of it may be kept for what follows."""
+        outer, cls.inside_loop = cls.inside_loop, True
+        try:
+            yield
+        finally:
+            cls.inside_loop = outer
 
     def __init__(self, ref: Any):
         self._ref, self._seen = ref, {}
@@ -200,10 +211,7 @@ def loop_groups(p: Plan, first_valid: Any, carry: Any, body: Callable[[Any, Any]
     start = jnp.clip((first_valid - first) // unit, 0, (last - first) // unit)
 
     def group(i: Any, carry: Any) -> Any:
-        ReadOnce.inside_loop = True
-        try:
+        with ReadOnce.in_loop():
             return body(first + i * unit, carry)
-        finally:
-            ReadOnce.inside_loop = False
 
     return lax.fori_loop(start, (last - first) // unit, group, carry)

@@ -196,7 +196,7 @@ class Plan:
 
     @property
     def backward_heads(self) -> int:
-        return math.gcd(self.G, self.config.backward_heads)
+        return 1 if self.config.rolled else math.gcd(self.G, self.config.backward_heads)
 
 
 def _fills(n: int, p: Plan) -> bool:
