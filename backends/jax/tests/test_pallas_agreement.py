@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from rattention.jax.pallas import Config, ops
-from rattention.jax.pallas_adapter import backend
+from rattention.jax.pallas_adapter import backend, fast_to_compile
 from rattention.spec import Unsupported, validate
 
 budget = pytest.importorskip("rattention.numpy.budget", reason="the reference's error budget is not built")
@@ -89,6 +89,15 @@ def test_packed_documents_with_poisoned_padding() -> None:
     check("rattention.vjp", tensors, {"window": 20}, ["rattention_forward", "rattention_backward"])
 
 
+def test_documents_in_an_endless_window_do_not_share_the_initial_state() -> None:
+    """At window None no fold drops it: the final state of the last document is not the first one's (SEG-7)."""
+    tensors = {n: x for n, x in inputs(50, B=2).items() if not n.startswith("rope")}
+    ids = np.ones((2, 50), np.int32)
+    ids[0, 20:] = 2
+    tensors = cotangents("rattention", tensors | {"segment_ids": ids}, {"window": None})
+    check("rattention.vjp", tensors, {"window": None}, ["rattention_forward", "rattention_backward"])
+
+
 @pytest.mark.parametrize(
     ("T", "w", "kernel"),
     [(3, 11, "rattention_decode"), (1, 20, "rattention_decode"), (20, 20, "rattention_forward"),
@@ -145,7 +154,7 @@ def test_configurations_agree(config: Config) -> None:
         out, pull = jax.vjp(lambda x: ops.run(call, x, settings=config), x)
         return out, pull(d)[0]
 
-    fast = jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})
+    fast = jax.jit(program, compiler_options=fast_to_compile())
     out, gradients = fast(primal, {n[2:]: x for n, x in tensors.items() if n.startswith("d_")})
     within(budget.evaluate("rattention", primal, call.attributes), out)
     found = {f"d_{n}": x for n, x in gradients.items() if not n.startswith("rope")}

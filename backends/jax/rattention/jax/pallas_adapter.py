@@ -64,6 +64,19 @@ def interpreted() -> bool:
     return jax.default_backend() != "tpu"
 
 
+@functools.cache
+def fast_to_compile() -> dict[str, Any]:
+    """Compiler options for interpreted programs: many small operations between callbacks, each of which runs a few
+    times. Compiling them well costs more than it gives; the emitters of fusions alone take a third of the time."""
+    known: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    wanted = known | {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=wanted).lower().compile()
+    except jax.errors.JaxRuntimeError:  # an XLA without this option
+        return known
+    return wanted
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A compiled operation, and the kernels that were built into it."""
@@ -99,8 +112,7 @@ def _program(
         (found,) = pull({n: tensors.get(f"d_{n}", jnp.zeros_like(outputs[n])) for n in names})
         return {f"d_{name}": g for name, g in found.items()}
 
-    # Interpreted programs are many small operations between callbacks: compiling them well costs more than it gives.
-    options = {"xla_backend_optimization_level": 0} if interpreted() else None
+    options = fast_to_compile() if interpreted() else None
     jitted = jax.jit(gradients if op.endswith(".vjp") else forward, compiler_options=options)
     with watch.watching() as seen:
         compiled = jitted.lower(shapes, {n: jax.ShapeDtypeStruct((), jnp.float32) for n in operands}).compile()

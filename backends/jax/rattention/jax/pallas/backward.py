@@ -65,6 +65,10 @@ def start(p: Plan, ref: SimpleNamespace) -> None:
     for head in range(p.together):
         if hasattr(ref, "d_state"):
             given = jnp.transpose(ref.d_final[0, head]) if p.final else jnp.zeros(ref.d_state.shape[1:], F32)
+            if p.final and p.segments and not p.folds:
+                # No fold drops the state on the way: the final one is the initial one only in a single segment.
+                same = ref.owners[0, 0, 0] == ref.owners[0, 0, p.steps * p.m + p.R]
+                given = jnp.where(same, given, jnp.zeros_like(given))
             ref.d_state[head] = given
     for name in ("d_swa_sum", "d_rla_sum", "d_q_scale_sum", "d_k_scale_sum", "d_memory_sum"):
         if hasattr(ref, name):

@@ -1,4 +1,4 @@
-"""Pieces that the kernels share. Everything is transposed: features lie on sublanes, tokens on lanes.
+"""Pieces that the kernels share. In all but decode everything is transposed: features on sublanes, tokens on lanes.
 
 So softmax over keys, the feature map and the RMS norms all reduce along sublanes, which are plain vector operations,
 where a reduction along lanes costs a trip through the cross-lane unit per eight rows; and the statistics of 128
@@ -24,6 +24,9 @@ F32 = jnp.float32
 
 def dot(p: Plan, a: Any, b: Any, contract: tuple[int, int] = (1, 0)) -> Any:
     """Matrix product accumulated in float32. float32 operands keep all their bits unless the caller gave them up."""
+    if p.interpret:
+        # The CPU's products lack some shapes in bfloat16; these are the same products.
+        a, b = a.astype(F32), b.astype(F32)
     precision = lax.Precision.HIGHEST if p.exact and a.dtype == F32 else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=F32)
@@ -143,11 +146,11 @@ def rotate(x: Any, table: Any, inverse: bool = False) -> Any:
 # ------------------------------------------------------------------------------------------------ feature map
 
 
-def live_channels(p: Plan, like: Any) -> Any:
-    """Which of the padded channels [Dp, N] exist; None where all do."""
+def live_channels(p: Plan, like: Any, axis: int = 0) -> Any:
+    """Which of the padded channels, along `axis`, exist; None where all do."""
     if p.key_dim == p.true_key_dim:
         return None
-    at = lax.broadcasted_iota(jnp.int32, like.shape, 0)
+    at = lax.broadcasted_iota(jnp.int32, like.shape, axis)
     if p.split:
         half = p.key_dim // 2
         at = jnp.where(at >= half, at - half, at)
@@ -155,19 +158,19 @@ def live_channels(p: Plan, like: Any) -> Any:
     return at < p.true_key_dim
 
 
-def phi(p: Plan, x: Any) -> list[Any]:
-    """The halves of the feature map of x [D, N] float32, each [D, N] float32 (FM-1 .. FM-4)."""
+def phi(p: Plan, x: Any, axis: int = 0) -> list[Any]:
+    """The halves of the feature map of x float32, D along `axis`, each of its shape, float32 (FM-1 .. FM-4)."""
     if p.feature_map == "identity":
         return [x]
     if p.feature_map == "relu":
         return [jnp.maximum(x, 0.0), jnp.maximum(-x, 0.0)]
-    live = live_channels(p, x)
+    live = live_channels(p, x, axis)
     top = x if live is None else jnp.where(live, x, -jnp.inf)
     bottom = x if live is None else jnp.where(live, x, jnp.inf)
     # The difference before the factor: a product contracted with the subtraction is not below its own rounded maximum.
-    up = jnp.exp2((top - jnp.max(top, axis=0, keepdims=True)) * LOG2E)
-    down = jnp.exp2((jnp.min(bottom, axis=0, keepdims=True) - bottom) * LOG2E)
-    return [e * (1.0 / jnp.sum(e, axis=0, keepdims=True)) for e in (up, down)]
+    up = jnp.exp2((top - jnp.max(top, axis=axis, keepdims=True)) * LOG2E)
+    down = jnp.exp2((jnp.min(bottom, axis=axis, keepdims=True) - bottom) * LOG2E)
+    return [e * (1.0 / jnp.sum(e, axis=axis, keepdims=True)) for e in (up, down)]
 
 
 def phi_gradient(p: Plan, x: Any, halves: Sequence[Any], d_halves: Sequence[Any]) -> Any:
