@@ -17,6 +17,7 @@ import secrets
 import statistics
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ def main() -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
+
+    # The shapes of a profile do not depend on the seed: what JAX compiled for one run serves the next.
+    cache = tempfile.TemporaryDirectory()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache.name)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
     seeds = options.seeds or [secrets.randbelow(2**31) for _ in range(options.runs)]
     told: list[dict[str, Any]] = []
@@ -121,7 +128,9 @@ def write(runs: list[dict[str, Any]], path: Path) -> None:
         "runs": runs,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def versions() -> dict[str, str]:

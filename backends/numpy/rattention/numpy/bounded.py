@@ -13,7 +13,7 @@ errors of one relative sign would do.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,26 @@ class Product:
         return worst
 
 
+PATCH = 1 << 16
+"""Elements of a matrix that are worked on at once, so that the intermediates of a formula stay in a core's cache."""
+
+
+def patches(shape: tuple[int, ...], mask: np.ndarray | None) -> Iterator[tuple[slice, slice]]:
+    """Cut [..., T, S] into blocks of rows, each with the range of columns that its mask reaches."""
+    T, S = shape[-2:]
+    step = max(PATCH * T // max(int(np.prod(shape)), 1), 1)
+    if step >= T:
+        yield slice(0, T), slice(0, S)
+        return
+    for first in range(0, T, step):
+        rows = slice(first, min(first + step, T))
+        columns = slice(0, S)
+        if mask is not None:
+            reached = np.flatnonzero(mask[..., rows, :].any(tuple(range(mask.ndim - 1))))
+            columns = slice(int(reached[0]), int(reached[-1]) + 1) if reached.size else slice(0, 0)
+        yield rows, columns
+
+
 def _finite(x: np.ndarray) -> np.ndarray:
     """x with NaN and inf replaced by 0: they are found in values, and must not spread through error terms."""
     return x if np.isfinite(x).all() else np.where(np.isfinite(x), x, 0.0)
@@ -145,10 +165,13 @@ class Space:
 
     def rounded(self, value: np.ndarray, var: Any, roundings: float = 1.0) -> Bounded:
         """A float32 result: `roundings` roundings on top of what was propagated."""
-        own = (self.u * UNIFORM) ** 2 * roundings
         square = np.square(_finite(value))
         # Below the smallest normal number a result may be flushed to zero; what is exactly zero stays so.
-        return Bounded(self, value, var + own * square + np.where(square > 0, self.tiny**2 * roundings, 0.0))
+        flushed = np.multiply(square > 0, self.tiny**2 * roundings)
+        square *= (self.u * UNIFORM) ** 2 * roundings
+        square += flushed
+        square += var
+        return Bounded(self, value, square)
 
     def where(self, mask: np.ndarray, x: Bounded) -> Bounded:
         var = np.where(mask, x.var, 0.0) if isinstance(x.var, np.ndarray) else x.var
@@ -218,10 +241,24 @@ class Space:
 
     def matmul(self, a: Bounded, b: Bounded, mask: np.ndarray | None = None, regroup: bool = False) -> Bounded:
         value = exact.matmul(a.value, b.value, mask)
-        product = a.product
+        y = self._operand(b)
+        coherence = None if a.product is None or not self.operand_u else a.product.coherence(y[0])
+        var = np.zeros(value.shape)
+        for rows, columns in patches(a.shape, mask):
+            var[..., rows, :] = self._matmul_variance(a, y, mask, coherence, rows, columns)
+        return Bounded(self, value, var, product=Product(_finite(a.value), y[0]) if regroup else None)
+
+    def _matmul_variance(
+        self, a: Bounded, y: Any, mask: np.ndarray | None, coherence: Any, rows: slice, columns: slice
+    ) -> np.ndarray:
+        """Of the given rows, whose mask is empty outside the given columns."""
+        part = a[..., rows, columns]
+        product = None if a.product is None else Product(a.product.left[..., rows, :], a.product.right[..., columns])
+        y, vy, dy = (t[..., columns, :] if isinstance(t, np.ndarray) else t for t in y)
         if mask is not None:
-            a = self.where(mask, a)
-        (x, vx, dx), (y, vy, dy) = self._operand(a), self._operand(b)
+            mask = mask[..., rows, columns]
+            part = self.where(mask, part)
+        x, vx, dx = self._operand(part)
         n = x.shape[-1] if mask is None else mask.sum(-1, keepdims=True)
         squares = np.square(y)
         sizes = np.abs(x) if product is None else np.abs(product.left) @ np.abs(product.right)
@@ -232,7 +269,7 @@ class Space:
         var = np.square(self.accumulation(n) * sizes + n * self.tiny * (sizes > 0))
         together: Any = 0.0
         if product is not None and self.operand_u:
-            var += self._state(product, y, mask, n)
+            var += self._state(product, y, mask, n, coherence)
         if isinstance(vy, np.ndarray):
             var += np.square(x) @ vy
             squares = squares + vy
@@ -241,14 +278,16 @@ class Space:
             var += vx @ squares
             together = together + np.abs(dx @ y)
         var += np.square(together)
-        return Bounded(self, value, var, product=Product(x, y) if regroup else None)
+        return var
 
-    def _state(self, product: Product, v: np.ndarray, mask: np.ndarray | None, n: Any) -> np.ndarray:
+    def _state(
+        self, product: Product, v: np.ndarray, mask: np.ndarray | None, n: Any, coherence: np.ndarray
+    ) -> np.ndarray:
         """Variance of (left right) v where right v, a state, is rounded as the operand."""
         terms = np.square(product.left) @ np.square(product.right)
         if mask is not None:
             terms = np.where(mask, terms, 0.0)
-        relative = (terms @ np.square(v)) * product.coherence(v) * self.operand_u**2
+        relative = (terms @ np.square(v)) * coherence * self.operand_u**2
         # Near zero the rounding error is absolute, and one for all features where they are alike.
         apart, alike = (
             np.square(product.left).sum(-1, keepdims=True),
@@ -265,6 +304,14 @@ class Space:
         D spans LAMBDA deviations of s_i minus the weighted rest, so the bound stays inside [0, 1] for any logits.
         """
         p = exact.softmax(s.value, mask)
+        var = np.zeros(p.shape)
+        for rows, columns in patches(p.shape, mask):
+            at = (..., rows, columns)
+            chosen = None if mask is None else mask[at]
+            var[at] = self._softmax_variance(s[at], p[at], chosen)
+        return Bounded(self, p, var)
+
+    def _softmax_variance(self, s: Bounded, p: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         with np.errstate(all="ignore"):
             seen = np.isfinite(s.value) if mask is None else np.isfinite(s.value) & mask
             z = np.where(seen, s.value, -np.inf)
@@ -291,14 +338,18 @@ class Space:
             error = np.where(seen & (rest > 0), error, 0.0)
             # A weight may be flushed to zero twice: as an exponential, and as a quotient.
             own = clean * (EXP * 2 * self.u + self.accumulation(n)) + 2 * self.tiny * ((clean > 0) & (rest > 0))
-        return Bounded(self, p, np.square(error) + np.square(own))
+        return np.square(error) + np.square(own)
 
     def recomputed(self, p: Bounded, s: Bounded, mask: np.ndarray) -> Bounded:
         """A backward pass has p = exp(s - lse) with lse rounded to float32: its weights do not quite sum to 1."""
-        score = np.where(mask, np.abs(_finite(s.value)), 0.0)
-        exponent = self.u * UNIFORM * (score + score.max(-1, keepdims=True, initial=0.0))
-        relative = np.expm1(np.minimum(LAMBDA * exponent, 4.0)) / LAMBDA
-        return Bounded(self, p.value, p.var + np.square(relative * _finite(p.value)))
+        var = np.zeros(p.shape) + p.var
+        for rows, columns in patches(p.shape, mask):
+            at = (..., rows, columns)
+            score = np.where(mask[at], np.abs(_finite(s.value[at])), 0.0)
+            exponent = self.u * UNIFORM * (score + score.max(-1, keepdims=True, initial=0.0))
+            relative = np.expm1(np.minimum(LAMBDA * exponent, 4.0)) / LAMBDA
+            var[at] += np.square(relative * _finite(p.value[at]))
+        return Bounded(self, p.value, var)
 
     # -------------------------------------------------------------------------------------------- norm
 

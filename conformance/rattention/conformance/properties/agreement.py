@@ -31,6 +31,8 @@ COUNTS = {
 }
 # The share of these that backends with costly programs get.
 SHARES = {"small": 0.17, "medium": 0.2, "tile": 0.45, "wide": 0.17, "span": 0.25, "long": 0.34, "deep": 0.2}
+COSTLY = ("span", "long", "deep")
+"""`full` has no more of these than quick: its "long" is longer."""
 FILLS = ("beyond", "full", "beyond", "mixed")
 """How full deep caches are: an empty one tests nothing."""
 
@@ -41,7 +43,8 @@ def _draw(plan: Plan) -> Iterator[Recipe]:
             if size == "deep" and not op.startswith("rattention_extend"):
                 continue
             smoke, quick = counts[op.removesuffix(".vjp") not in PARTS]
-            number = plan.count(smoke, quick, compiled=SHARES[size]) if (smoke or plan.profile != "smoke") else 0
+            full = quick if size in COSTLY else None
+            number = plan.count(smoke, quick, full, compiled=SHARES[size]) if (smoke or plan.profile != "smoke") else 0
             if number and quick:
                 for i, recipe in enumerate(recipes(plan, op, size, number, "agreement", lambda r: True)):
                     yield recipe.with_(fill=FILLS[i % 4]) if size == "deep" else recipe

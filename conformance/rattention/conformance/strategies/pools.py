@@ -18,6 +18,8 @@ from rattention.conformance.strategies.values import FAMILIES
 from rattention.spec import load
 
 PROFILES = ("smoke", "quick", "full")
+FULL = 1.5
+"""Cases of `full` for each of `quick`, but where a property says otherwise; more seeds are the better way to more."""
 COSTS = ("direct", "compiled", "interpreted")
 INTERPRETED = 0.3
 """Cases of an interpreted backend, as a share of those of a compiled one."""
@@ -72,7 +74,7 @@ class Plan:
 
     def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
         """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""
-        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else 2 * quick}[self.profile]
+        number = {"smoke": smoke, "quick": quick, "full": full if full is not None else FULL * quick}[self.profile]
         share = {"direct": 1.0, "compiled": compiled, "interpreted": INTERPRETED * compiled}[self.cost]
         return max(1 if share else 0, round(number * share)) if number else 0
 
