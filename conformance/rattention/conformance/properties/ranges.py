@@ -111,13 +111,51 @@ def _draw_ranges(plan: Plan) -> Iterator[Recipe]:
                     extra=(kind,),
                 )
 
+    yield from _draw_scaled(plan)
+
+
+def _draw_scaled(plan: Plan) -> Iterator[Recipe]:
+    """bfloat16 beyond the range of float16: everything that is linear in values and cotangents scales with them."""
+    if "bfloat16" not in plan.dtypes or plan.profile == "smoke":
+        return
+    forward = (*BRANCHES, "rattention")
+    ops = (*forward, *(f"{op}.vjp" for op in forward)) if plan.cost == "direct" else ("rattention",)
+    for op in ops:
+        if not plan.has(op):
+            continue
+        for i, kind in enumerate(SCALES):
+            rng = plan.rng("scaled", op, kind)
+            yield Recipe(
+                op,
+                "bfloat16",
+                T=5,
+                Hkv=1 + i,
+                G=2 - i,
+                D=4,
+                Dv=4,
+                window=1,
+                options=(),
+                fill="beyond",
+                seed=int(rng.integers(0, 2**31)),
+                extra=(kind,),
+            )
+
+
+SCALES = {"great": 2.0**40, "small": 2.0**-40}
+
 
 def _make_ranges(plan: Plan, recipe: Recipe) -> Case | None:
     if not recipe.extra or recipe.window is None or recipe.window < 0 or recipe.T < 1:
         return None
-    huge = recipe.extra[0] == "huge"
     case = build(recipe, plan.token_tiles())
     t = case.tensors
+    if recipe.extra[0] in SCALES:
+        for name in ("v", "cache_v", "d_out"):
+            if name in t:
+                t[name] = (t[name].astype(np.float64) * SCALES[recipe.extra[0]]).astype(t[name].dtype)
+        case.clauses = ("NUM-1", "RAT-3") if recipe.base_op.startswith("rattention") else ("NUM-1",)
+        return case
+    huge = recipe.extra[0] == "huge"
     for name in ("v", "cache_v"):
         if name in t and not huge:
             # Past the smallest normal float16, 2^-14: a mean of these needs bits that float16 has not.
@@ -132,14 +170,17 @@ def _make_ranges(plan: Plan, recipe: Recipe) -> Case | None:
 @register(
     "ranges",
     "branches that storage cannot hold reach the norms all the same",
-    ("RAT-3", "RAT-1"),
+    ("RAT-3", "RAT-1", "NUM-1"),
     _draw_ranges,
     _make_ranges,
 )
 def check_ranges(ctx: Context, case: Case) -> list[Violation]:
-    """float16 calls whose branches overflow, or lie among the subnormal numbers; the outputs are of unit size."""
+    """float16 calls whose branches overflow, or lie among the subnormal numbers; bfloat16 out of float16's reach."""
     got = ctx.run(case.op, case.tensors, case.attrs)
     found = ctx.judge(case, got, ctx.bounds(case.op, case.tensors, case.attrs), case.clauses)
     for v in found:
-        v.guess = "precision: branches rounded to storage before their norms"
+        scaled = case.clauses[0] == "NUM-1"
+        v.guess = "precision: " + (
+            "a range narrower than storage's" if scaled else "branches rounded to storage before their norms"
+        )
     return found
