@@ -285,7 +285,8 @@ def window_scratch(b: Builder, tiles: int, gradients: bool) -> None:
     dtype = jnp.dtype(p.dtype)
     heads = p.together * p.G
     b.keep("k_tiles", (p.together, tiles, p.C, p.key_dim), dtype)
-    b.keep("v_tiles", (p.together, tiles, p.value_dim, p.C), dtype)
+    if not (gradients and p.config.rolled):
+        b.keep("v_tiles", (p.together, tiles, p.value_dim, p.C), dtype)
     if p.rope and (p.linear_tiles or p.final):
         b.keep("raw_tiles", (p.together, tiles, p.C, p.key_dim), dtype)
     if p.segments:
@@ -310,7 +311,7 @@ def window_scratch(b: Builder, tiles: int, gradients: bool) -> None:
     b.keep("vn_tiles", (p.together, tiles, p.C, p.value_dim), dtype)
     b.keep("dv_sum", (p.together, tiles, p.C, p.value_dim), F32)
     b.keep("dk_sum", (p.together, tiles, p.C, p.key_dim), F32)
-    if p.softmax:
+    if p.softmax and not p.config.rolled:
         b.keep("kt_tiles", (p.together, tiles, p.key_dim, p.C), dtype)
     if p.rope and p.linear_tiles:
         b.keep("dk_raw_sum", (p.together, tiles, p.C, p.key_dim), F32)

@@ -177,6 +177,12 @@ class Plan:
         return self.mode != "rla" and self.window >= 0
 
     @property
+    def renormalise(self) -> bool:
+        """The backward makes its softmax weights sum to 1 again. Its scores may be rounded otherwise than those in the
+        saved sum: at logits of 1000 that is most of a float32 gradient's error. 16-bit storage rounds them by more."""
+        return self.softmax and self.dtype == "float32"
+
+    @property
     def state(self) -> bool:
         """The carried state can be other than zero."""
         return self.folds or (self.initial and self.mode != "swa")
