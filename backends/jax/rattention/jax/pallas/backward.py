@@ -74,7 +74,7 @@ def start(p: Plan, ref: SimpleNamespace) -> None:
         if hasattr(ref, name):
             sums = getattr(ref, name)
             sums[...] = jnp.zeros(sums.shape, sums.dtype)
-    if p.mode == "mix" and not p.config.rolled:
+    if p.mode == "mix" and not p.rolled:
         forward.gains(p, ref)
     if p.q_scale:
         ref.q_column[...] = jnp.transpose(jnp.broadcast_to(ref.q_scale[...], (p.C, p.key_dim)))
@@ -148,14 +148,14 @@ class Transposed:
 
 
 def compute(p: Plan, ref: SimpleNamespace, step: Any) -> None:
-    if p.config.rolled:
+    if p.rolled:
         ref = SimpleNamespace(**vars(ref), v_tiles=Transposed(ref.vn_tiles))
     ref = read_once(p, ref)
     if p.state:
         for head in range(p.together):
             states.rebuild(p, ref, step, head)
 
-    if p.config.rolled:
+    if p.rolled:
         for n in reversed(range(p.m)):
             for head in range(p.together):
                 gradients.rolled(p, ref, step, n, head)

@@ -19,7 +19,8 @@ class Config:
         heads: query heads side by side in one matrix product of the forward.
         lag: stages by which consecutive head tasks of the forward are staggered, see `schedule.interleave`.
         backward_heads, backward_lag: the same two for the backward.
-        rolled: the backward takes the query heads of a kv head in a loop, one at a time, which saves room for spills.
+        rolled: the backward takes the query heads of a kv head in a loop, one at a time, which saves room for spills;
+            where a head is whole lanes, that is, not at D or Dv 64.
         tiles: key tiles inside the window beyond which the softmax runs online, in a loop over groups of that many.
         vmem: bytes of on-chip memory that a kernel may ask for; None is the compiler's own limit.
     """
@@ -80,7 +81,7 @@ def default(generation: str, head_dim: int, dtype: str = "bfloat16", more: bool 
     a call with optional tensors, such as rotary tables, which take room too."""
     fields = _DEFAULTS.get((generation, head_dim, dtype), {})
     if more and generation == "v4":
-        fields = fields | _ROLLED
+        fields = fields | _NARROW | _ROLLED
     return dataclasses.replace(of_generation(generation), **fields)
 
 

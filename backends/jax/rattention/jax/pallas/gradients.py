@@ -127,7 +127,7 @@ class Work:
     def gain(self, branch: str) -> Any:
         """The norm's gains [Dv, N*C], as columns."""
         p, ref = self.p, self.ref
-        if p.config.rolled:
+        if p.rolled:
             weight = getattr(ref, f"{branch}_weight")
             rows = [weight[:, columns_of(h, p.value_dim)] for h in self.heads]
             return beside([jnp.transpose(jnp.broadcast_to(row, (p.C, p.value_dim))) for row in rows])
@@ -305,7 +305,7 @@ class Work:
         p, ref, tile = self.p, self.ref, self.tile0 + r
         ref.dv_sum[self.head, tile] += dot(p, weight, self.d1n)
         ref.dk_sum[self.head, tile] += dot(p, ds, self.queries) * self.key_factor()
-        if p.config.rolled:
+        if p.rolled:
             return dot(p, ref.k_tiles[self.head, tile], ds, (0, 0))
         return dot(p, ref.kt_tiles[self.head, tile], ds)
 

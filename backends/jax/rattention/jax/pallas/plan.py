@@ -201,8 +201,14 @@ class Plan:
         return math.gcd(self.G, self.config.heads)
 
     @property
+    def rolled(self) -> bool:
+        """A loop finds the columns of a head only where they are whole lanes."""
+        aligned = not (self.key_dim % 128 or self.value_dim % 128)
+        return self.config.rolled and (aligned or self.interpret)
+
+    @property
     def backward_heads(self) -> int:
-        return 1 if self.config.rolled else math.gcd(self.G, self.config.backward_heads)
+        return 1 if self.rolled else math.gcd(self.G, self.config.backward_heads)
 
 
 def _fills(n: int, p: Plan) -> bool:
