@@ -1,4 +1,4 @@
-"""Writes the tables of docs/conformance.md from benchmarks/results; `--check` only says whether they are up to date.
+"""Writes the tables of the README and the docs from benchmarks/results; `--check` only says whether they are current.
 
     python benchmarks/tables.py [--check]
 
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "conformance.md"
+PAGES = [ROOT / p for p in ("README.md", "docs/conformance.md", "docs/torch.md")]
 MARK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -71,32 +71,94 @@ def false_alarms(told: dict[str, Any]) -> str:
     return rows(header, body)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "sharpness": sharpness,
-    "mutants": mutants,
-    "false_alarms": false_alarms,
+def cpu(told: dict[str, Any]) -> str:
+    """The ratios, and on what they were taken."""
+    shape, device = told["shape"], told["device"]
+    sizes = ", ".join(f"{name} {value}" for name, value in shape.items() if name != "dtype")
+    versions = f"torch {told['torch']['torch']}, jax {told['jax']['jax']}"
+    head = (
+        f"{sizes}, {shape['dtype']}; {device['processor']}, {device['cores']} cores; {versions}. Ratios of times.\n\n"
+    )
+    body = [(f"{name} {what}", f"{x:.2f}") for name in ("torch", "jax") for what, x in told[name]["ratios"].items()]
+    decode = told["torch"]["decode"]
+    body.append(
+        (f"torch decode: token {decode['tokens']} over {decode['early position']}", f"{decode['late over early']:.2f}")
+    )
+    return head + rows(("what", "ratio"), body)
+
+
+def speed(schedule: dict[str, Any], counts: dict[str, Any], told: dict[str, Any]) -> str:
+    """One line per kind of machine: what was measured without one is said to be."""
+
+    def bundles(**wanted: Any) -> float:
+        plain = {"generation": "v5p", "D": 128, "dtype": "bfloat16"} | wanted
+        found = [
+            r["bundles_per_token_head"]
+            for r in schedule["results"]
+            if all(r.get(k) == v for k, v in plain.items()) and not r.get("rope")
+        ]
+        assert len(found) == 1, (wanted, found)
+        return found[0]
+
+    body = []
+    for name, kind in (("forward", "forward"), ("forward + backward", "backward")):
+        ours, full = bundles(what="ours", mode="mix", kind=kind), bundles(what="splash", tokens=4096, kind=kind)
+        body.append(
+            (
+                f"TPU v5p, {name}",
+                f"{ours:.1f} instruction bundles per token and head",
+                f"{full / ours:.1f}x fewer than splash attention over 4096 tokens",
+                "the compiler's schedule; no TPU ran",
+            )
+        )
+    for name, ratio in counts["operations of SWA-4096 at T 8192 over ours"].items():
+        body.append(
+            (
+                f"GPU, {name}",
+                "",
+                f"{ratio:.1f}x fewer matrix operations than a sliding window of 4096",
+                "counted; no GPU ran",
+            )
+        )
+    for name in ("forward", "forward+backward"):
+        ratio = told["torch"]["ratios"][f"{name}: over sdpa"]
+        what = f"PyTorch eager on a CPU, {name.replace('+', ' + ')}"
+        body.append((what, "", f"{ratio:.2f} of the time of full causal attention at T {told['shape']['T']}", "timed"))
+    return rows(("what", "cost", "against", "how known"), body)
+
+
+TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "sharpness": (("sharpness",), sharpness),
+    "mutants": (("mutants",), mutants),
+    "false_alarms": (("false_alarms",), false_alarms),
+    "cpu": (("cpu",), cpu),
+    "speed": (("tpu_schedule", "triton_counts", "cpu"), speed),
 }
+"""By name: the files of benchmarks/results that a table is made of, and how."""
 
 
 def rendered(text: str) -> str:
     """The page with every table for which there are results."""
 
     def fill(m: re.Match[str]) -> str:
-        file = RESULTS / f"{m[2]}.json"
-        if not file.exists():
+        stems, make = TABLES[m[2]]
+        files = [RESULTS / f"{stem}.json" for stem in stems]
+        if not all(file.exists() for file in files):
             return m[0]
-        return m[1] + "\n" + TABLES[m[2]](json.loads(file.read_text(encoding="utf-8"))) + "\n" + m[3]
+        return m[1] + "\n" + make(*(json.loads(file.read_text(encoding="utf-8")) for file in files)) + "\n" + m[3]
 
     return MARK.sub(fill, text)
 
 
 def main(arguments: list[str]) -> int:
-    text = PAGE.read_text(encoding="utf-8")
-    new = rendered(text)
-    if "--check" in arguments:
-        return int(new != text)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+    stale = False
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = rendered(text)
+        stale |= new != text
+        if "--check" not in arguments:
+            page.write_text(new, encoding="utf-8")
+    return int(stale and "--check" in arguments)
 
 
 if __name__ == "__main__":

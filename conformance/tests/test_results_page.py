@@ -1,4 +1,4 @@
-"""The tables of docs/conformance.md are those of benchmarks/results."""
+"""The tables of the README and the docs are those of benchmarks/results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load(name: str):
     return module
 
 
-def test_the_page_shows_the_stored_results():
+def test_the_pages_show_the_stored_results():
     assert load("tables").main(["--check"]) == 0
 
 

@@ -30,6 +30,9 @@ SIZES = {
     "deep": (0, 12, 0.2),
 }
 """Cases of smoke and quick by size class, and the share of them that backends with costly programs get."""
+NARROW = (0, -1, 3, 1)
+POWERS = tuple(2**n for n in range(6, 12))
+"""Tokens where faults of size begin: their own channels come first."""
 CLAUSES = (
     *("SWA-1", "SWA-5", "SWA-6", "RLA-1", "RLA-6", "RLA-7", "RLA-9", "RAT-2", "RAT-4"),
     *("SEG-1", "SEG-2", "SEG-4", "SEG-7", "EXT-4", "EXT-5", "EXT-6", "EXT-7", "EXT-9", "EXT-10"),
@@ -57,6 +60,9 @@ def _probes(plan: Plan, ops: tuple[str, ...]) -> Iterator[Recipe]:
             number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
             if number:
                 for i, recipe in enumerate(recipes(plan, op, size, number, "membership", lambda r: True, Dv=16)):
+                    if size == "long" and i % 2 == 0 and plan.cost == "direct" and not extend:
+                        # A wide window leaves few queries to read what lies past a thousand tokens.
+                        recipe = recipe.with_(window=NARROW[i // 2 % len(NARROW)])
                     yield recipe.with_(fill=FILLS[i % 4]) if size == "deep" else recipe
 
 
@@ -66,7 +72,9 @@ def marked(recipe: Recipe, total: int, borders: tuple[int, ...]) -> np.ndarray:
         return np.arange(total)
     rng = recipe.rng("marks")
     near = [b + d for b in borders for d in (-2, -1, 0, 1, 2) if 0 <= b + d < total]
-    first = [0, total - 1, *(rng.permutation(near)[: recipe.Dv // 2].tolist() if near else [])]
+    powers = [p for p in POWERS if p < total]
+    free = max(recipe.Dv - len(powers), 0) // 2
+    first = [0, total - 1, *powers, *(rng.permutation(near)[:free].tolist() if near else [])]
     rest = [int(x) for x in rng.permutation(total) if x not in set(first)]
     return np.array(list(dict.fromkeys([*first, *rest]))[: recipe.Dv])
 
