@@ -161,6 +161,15 @@ def test_configurations_agree(config: Config) -> None:
     within(budget.evaluate("rattention.vjp", tensors, call.attributes), found)
 
 
+def test_gradients_at_great_logits() -> None:
+    """Logits of 1000, whose rounding is not that of the forward where they are made again."""
+    tensors = inputs(40)
+    for name in "qk":
+        tensors[name] = tensors[name] * np.float32(25)
+    tensors = cotangents("rattention", tensors, {"window": 9})
+    check("rattention.vjp", tensors, {"window": 9}, ["rattention_forward", "rattention_backward"])
+
+
 def test_gradients_at_vast_logits_are_finite() -> None:
     """Logits of 1e30, where the backward's scores and the forward's differ by more than an exponent holds."""
     tensors = {n: x for n, x in inputs(24, B=2).items() if not n.startswith("rope")}

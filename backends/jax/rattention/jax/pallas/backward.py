@@ -74,7 +74,7 @@ def start(p: Plan, ref: SimpleNamespace) -> None:
         if hasattr(ref, name):
             sums = getattr(ref, name)
             sums[...] = jnp.zeros(sums.shape, sums.dtype)
-    if p.mode == "mix" and not p.config.rolled:
+    if p.mode == "mix" and not p.rolled:
         forward.gains(p, ref)
     if p.q_scale:
         ref.q_column[...] = jnp.transpose(jnp.broadcast_to(ref.q_scale[...], (p.C, p.key_dim)))
@@ -117,9 +117,10 @@ def load(p: Plan, ref: SimpleNamespace, head: int, arriving: Any) -> None:
             if hasattr(ref, "raw_tiles"):
                 ref.raw_tiles[head, n] = raw
         ref.k_tiles[head, n] = key
-        if p.softmax:
+        if hasattr(ref, "kt_tiles"):
             ref.kt_tiles[head, n] = jnp.transpose(key)
-        ref.v_tiles[head, n] = jnp.transpose(value)
+        if hasattr(ref, "v_tiles"):
+            ref.v_tiles[head, n] = jnp.transpose(value)
         ref.vn_tiles[head, n] = value
         for name in SUMS:
             if hasattr(ref, name):
@@ -136,13 +137,25 @@ def arrived(p: Plan, ref: SimpleNamespace, x: Any, n: int, arriving: Any) -> Any
     return jnp.where(live, x, jnp.zeros_like(x)) if p.back or p.ragged else x
 
 
+class Transposed:
+    """The tiles of a window turned as they are read, where there is no room for a turned copy."""
+
+    def __init__(self, ref: Any):
+        self.ref = ref
+
+    def __getitem__(self, at: Any) -> Any:
+        return jnp.transpose(self.ref[at])
+
+
 def compute(p: Plan, ref: SimpleNamespace, step: Any) -> None:
+    if p.rolled:
+        ref = SimpleNamespace(**vars(ref), v_tiles=Transposed(ref.vn_tiles))
     ref = read_once(p, ref)
     if p.state:
         for head in range(p.together):
             states.rebuild(p, ref, step, head)
 
-    if p.config.rolled:
+    if p.rolled:
         for n in reversed(range(p.m)):
             for head in range(p.together):
                 gradients.rolled(p, ref, step, n, head)

@@ -48,7 +48,7 @@ class Builder:
     def __init__(self, p: Plan, name: str, grid: tuple[int, ...]):
         self.p, self.name, self.grid = p, name, grid
         # A rolled backward is short of memory: a step waits for its blocks.
-        self.single = p.config.rolled and name.endswith("backward")
+        self.single = p.rolled and name.endswith("backward")
         self.mode: dict[str, Any] = {"pipeline_mode": pl.Buffered(1)} if self.single and not p.interpret else {}
         self.arrays: list[Any] = []
         self.inputs: list[tuple[str, pl.BlockSpec]] = []
@@ -285,7 +285,8 @@ def window_scratch(b: Builder, tiles: int, gradients: bool) -> None:
     dtype = jnp.dtype(p.dtype)
     heads = p.together * p.G
     b.keep("k_tiles", (p.together, tiles, p.C, p.key_dim), dtype)
-    b.keep("v_tiles", (p.together, tiles, p.value_dim, p.C), dtype)
+    if not (gradients and p.rolled):
+        b.keep("v_tiles", (p.together, tiles, p.value_dim, p.C), dtype)
     if p.rope and (p.linear_tiles or p.final):
         b.keep("raw_tiles", (p.together, tiles, p.C, p.key_dim), dtype)
     if p.segments:
@@ -296,7 +297,7 @@ def window_scratch(b: Builder, tiles: int, gradients: bool) -> None:
         b.keep("read_state", (p.together, p.m, p.value_dim, p.F), dtype)
     if p.linear_tiles:
         b.keep("features", (p.together, p.m, len(p.linear_tiles), p.C, p.F), dtype)
-    if p.mode == "mix" and not (gradients and p.config.rolled):
+    if p.mode == "mix" and not (gradients and p.rolled):
         b.keep("swa_gain", (heads, p.value_dim, p.C), F32)
         b.keep("rla_gain", (heads, p.value_dim, p.C), F32)
     if p.q_scale:
@@ -310,7 +311,7 @@ def window_scratch(b: Builder, tiles: int, gradients: bool) -> None:
     b.keep("vn_tiles", (p.together, tiles, p.C, p.value_dim), dtype)
     b.keep("dv_sum", (p.together, tiles, p.C, p.value_dim), F32)
     b.keep("dk_sum", (p.together, tiles, p.C, p.key_dim), F32)
-    if p.softmax:
+    if p.softmax and not p.rolled:
         b.keep("kt_tiles", (p.together, tiles, p.key_dim, p.C), dtype)
     if p.rope and p.linear_tiles:
         b.keep("dk_raw_sum", (p.together, tiles, p.C, p.key_dim), F32)

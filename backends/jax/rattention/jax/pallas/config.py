@@ -19,7 +19,8 @@ class Config:
         heads: query heads side by side in one matrix product of the forward.
         lag: stages by which consecutive head tasks of the forward are staggered, see `schedule.interleave`.
         backward_heads, backward_lag: the same two for the backward.
-        rolled: the backward takes the query heads of a kv head in a loop, one at a time, which saves room for spills.
+        rolled: the backward takes the query heads of a kv head in a loop, one at a time, which saves room for spills;
+            where a head is whole lanes, that is, not at D or Dv 64.
         tiles: key tiles inside the window beyond which the softmax runs online, in a loop over groups of that many.
         vmem: bytes of on-chip memory that a kernel may ask for; None is the compiler's own limit.
     """
@@ -51,13 +52,15 @@ _SHORTER: dict[tuple[int, str], dict[str, int]] = {
 }
 # On v4 the backward's window, sums and spills must fit 16 MiB: one head at a time, one task after the other.
 _NARROW = {"blocks": 1, "backward_heads": 1, "backward_lag": 16}
+# Likewise, to the last bit of memory: float32 at D 256, and whatever has more operands than the plain call.
+_ROLLED = {"blocks": 1, "rolled": True, "vmem": 16 * 2**20 - 2**16}
 _V4: dict[tuple[int, str], dict[str, int]] = {
     (64, "bfloat16"): {"blocks": 2, "backward_heads": 1},
     (128, "bfloat16"): {"blocks": 2},
     (256, "bfloat16"): _NARROW,
     (64, "float32"): _NARROW,
     (128, "float32"): {"blocks": 1},
-    (256, "float32"): {"blocks": 1, "rolled": True},
+    (256, "float32"): _ROLLED,
 }
 
 # Frozen: from benchmarks/results/tpu_search.json and, on v4, from what fits; by (generation, head dim, storage dtype).
@@ -73,9 +76,12 @@ def of_generation(generation: str) -> Config:
     return Config(vmem=_MEMORY[generation])
 
 
-def default(generation: str, head_dim: int, dtype: str = "bfloat16") -> Config:
-    """The configuration for a TPU generation, the larger of D and Dv after padding, and the storage dtype."""
+def default(generation: str, head_dim: int, dtype: str = "bfloat16", more: bool = False) -> Config:
+    """The configuration for a TPU generation, the larger of D and Dv after padding, and the storage dtype; `more`: for
+    a call with optional tensors, such as rotary tables, which take room too."""
     fields = _DEFAULTS.get((generation, head_dim, dtype), {})
+    if more and generation == "v4":
+        fields = fields | _NARROW | _ROLLED
     return dataclasses.replace(of_generation(generation), **fields)
 
 
@@ -85,11 +91,11 @@ def fitted(settings: Config, tokens: int) -> Config:
     return dataclasses.replace(settings, blocks=blocks)
 
 
-def of_device(kind: str, call: Any) -> Config:
-    """The default for a device kind as JAX names it, such as "TPU v5 lite"."""
+def of_device(kind: str, call: Any, more: bool = False) -> Config:
+    """The default for a device kind as JAX names it, such as "TPU v5 lite"; `more` as in `default`."""
     dim = max(call.dims["D"], call.dims["Dv"])
     dim = 64 if dim <= 64 else -(-dim // 128) * 128
-    return default(generation(kind), dim, call.storage)
+    return default(generation(kind), dim, call.storage, more)
 
 
 def generation(kind: str) -> str:

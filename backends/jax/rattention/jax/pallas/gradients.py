@@ -127,7 +127,7 @@ class Work:
     def gain(self, branch: str) -> Any:
         """The norm's gains [Dv, N*C], as columns."""
         p, ref = self.p, self.ref
-        if p.config.rolled:
+        if p.rolled:
             weight = getattr(ref, f"{branch}_weight")
             rows = [weight[:, columns_of(h, p.value_dim)] for h in self.heads]
             return beside([jnp.transpose(jnp.broadcast_to(row, (p.C, p.value_dim))) for row in rows])
@@ -155,18 +155,30 @@ class Work:
         yield
         self.weights = [(r, self.weight(s)) for r, s in held]
         output = functools.reduce(jnp.add, [self.scores.weigh(r, w) for r, w in self.weights])
+        total = self.sum([w for _, w in self.weights]) if p.renormalise else None
         if p.loop[1]:
 
-            def group(r: Any, total: Any) -> Any:
-                parts = [total]
-                for i in range(p.config.tiles):
-                    weight = self.weight(self.scores.score(r + i))
-                    parts.append(self.scores.weigh(r + i, weight))
-                return functools.reduce(jnp.add, parts)
+            def group(r: Any, carry: Any) -> Any:
+                output, total = carry
+                weights = [self.weight(self.scores.score(r + i)) for i in range(p.config.tiles)]
+                parts = [self.scores.weigh(r + i, w) for i, w in enumerate(weights)]
+                output = functools.reduce(jnp.add, parts, output)
+                return output, None if total is None else total + self.sum(weights)
 
-            output = loop_groups(p, p.R - self.chunk, output, group)
+            output, total = loop_groups(p, p.R - self.chunk, (output, total), group)
+        if total is not None:
+            # At logits of 1e30 nothing may be left of the sum.
+            total = jnp.where(total > 0.5, total, 1.0)
+            inverse = 1.0 / total
+            output = output * inverse
+            self.weights = [(r, w * inverse) for r, w in self.weights]
+            self.lse = self.lse + jnp.log2(total)  # for the looped tiles, whose weights are made once more
         self.o1 = output
         yield
+
+    def sum(self, weights: list[Any]) -> Any:
+        """Of all keys, per query [1, N*C]."""
+        return jnp.sum(functools.reduce(jnp.add, weights), axis=0, keepdims=True)
 
     def weight(self, s: Any) -> Any:
         """Softmax weights of logits. Scores made again may be rounded otherwise than those in the saved sum: at logits
@@ -293,6 +305,8 @@ class Work:
         p, ref, tile = self.p, self.ref, self.tile0 + r
         ref.dv_sum[self.head, tile] += dot(p, weight, self.d1n)
         ref.dk_sum[self.head, tile] += dot(p, ds, self.queries) * self.key_factor()
+        if p.rolled:
+            return dot(p, ref.k_tiles[self.head, tile], ds, (0, 0))
         return dot(p, ref.kt_tiles[self.head, tile], ds)
 
     def key_factor(self) -> Any:

@@ -69,7 +69,10 @@ def run(
     """
     interpret = jax.default_backend() != "tpu" if interpret is None else interpret
     if settings is None:
-        settings = config.INTERPRETED if interpret else config.of_device(jax.devices()[0].device_kind, call)
+        plain = {"q", "k", "v", "swa_weight", "rla_weight"}
+        more = call.operation.name != "rattention_extend" and not plain.issuperset(tensors)
+        kind = jax.devices()[0].device_kind
+        settings = config.INTERPRETED if interpret else config.of_device(kind, call, more)
     settings = config.fitted(settings, call.dims["T"] + call.dims.get("W", 0))
     tensors = {name: jnp.asarray(x) for name, x in tensors.items()}
     exact = precision in (None, "highest", "float32", jax.lax.Precision.HIGHEST)

@@ -177,6 +177,12 @@ class Plan:
         return self.mode != "rla" and self.window >= 0
 
     @property
+    def renormalise(self) -> bool:
+        """The backward makes its softmax weights sum to 1 again. Its scores may be rounded otherwise than those in the
+        saved sum: at logits of 1000 that is most of a float32 gradient's error. 16-bit storage rounds them by more."""
+        return self.softmax and self.dtype == "float32"
+
+    @property
     def state(self) -> bool:
         """The carried state can be other than zero."""
         return self.folds or (self.initial and self.mode != "swa")
@@ -195,8 +201,14 @@ class Plan:
         return math.gcd(self.G, self.config.heads)
 
     @property
+    def rolled(self) -> bool:
+        """A loop finds the columns of a head only where they are whole lanes."""
+        aligned = not (self.key_dim % 128 or self.value_dim % 128)
+        return self.config.rolled and (aligned or self.interpret)
+
+    @property
     def backward_heads(self) -> int:
-        return 1 if self.config.rolled else math.gcd(self.G, self.config.backward_heads)
+        return 1 if self.rolled else math.gcd(self.G, self.config.backward_heads)
 
 
 def _fills(n: int, p: Plan) -> bool:
