@@ -90,3 +90,21 @@ def test_export_writes_models_of_standard_operators(tmp_path):
         assert {node.domain for node in model.graph.node} == {""}
         used |= {node.op_type for node in model.graph.node}
     assert {"Attention", "LinearAttention", "RMSNormalization", "RotaryEmbedding"} <= used
+
+
+@ENGINES
+def test_cached_keys_beyond_the_table(engine):
+    """ERR-9: a row without a query may hold keys that the rotary table does not reach."""
+    rng = np.random.default_rng(3)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    t = {name: draw(2, 1, 1, 2) for name in ("q", "k", "v")}
+    t |= {"cache_k": draw(2, 1, 1, 2), "cache_v": draw(2, 1, 1, 2), "cache_state": draw(2, 1, 4, 2)}
+    t |= {"swa_weight": draw(1, 2), "rla_weight": draw(1, 2), "rope_cos": draw(2, 1), "rope_sin": draw(2, 1)}
+    t |= {"cache_length": np.array([1, 23], np.int32), "lengths": np.array([1, 0], np.int32)}
+    attrs = {"window": 1}
+    got = engine.run("rattention_extend", t, attrs)
+    violations, _ = compare(got, budget.evaluate("rattention_extend", t, attrs))
+    assert not violations, violations[0].message

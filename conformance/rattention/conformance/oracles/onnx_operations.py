@@ -158,6 +158,8 @@ class _Sequence:
         half = [self.call.dims["D/2"]]
         spare = g("ConstantOfShape", g("Concat", g("Unsqueeze", self.N, [0]), half, axis=0))
         cos, sin = (g("Concat", t[name], spare, axis=0) for name in ("rope_cos", "rope_sin"))
+        # Cached keys of a row without a query may lie beyond the table (ERR-9); nobody reads how they are rotated.
+        rows = g("Min", rows, g("Sub", g.size(cos, 0), 1))
         return g("RotaryEmbedding", x, cos, sin, rows, interleaved=0)
 
     def softmax_branch(self) -> str:
