@@ -240,3 +240,16 @@ def test_large_calls_are_evaluated_in_pieces(monkeypatch, draw_call):
             scale = np.abs(value).max(initial=1.0)
             np.testing.assert_allclose(pieces[name][0], value, rtol=0, atol=1e-13 * scale)
             np.testing.assert_array_less(0.3 * allowed, pieces[name][1] + 1e-300)
+
+
+def test_a_weight_whose_complement_underflows_has_a_budget():
+    """The gap of two logits is far beyond exp's range, and still within what float32 may be off: either may win."""
+    q = np.array([[1, 1], [1e15, -1e15 * (1 + 2.0**-23)]], np.float32)[None, :, None]
+    k = np.array([[0, 0], [1e15, 1e15]], np.float32)[None, :, None]
+    v = np.array([[1], [3]], np.float32)[None, :, None]
+    value, limit = budget.evaluate("sliding_window_attention", {"q": q, "k": k, "v": v}, {"window": 1})["out"]
+    assert value[0, 1, 0, 0] == 1
+    assert limit[0, 1, 0, 0] >= 2
+    alone, limit = budget.evaluate("sliding_window_attention", {"q": q, "k": k, "v": v}, {"window": 0})["out"]
+    assert alone[0, 1, 0, 0] == 3
+    assert limit[0, 1, 0, 0] < 1e-5

@@ -321,23 +321,31 @@ class Space:
             # The exponent s - top is formed and multiplied in float32: one rounding of each term.
             var = np.where(seen, s.var + self.u**2 * (np.square(z) + np.square(top)), 0.0)
             clean = np.where(np.isfinite(p), p, 0.0)
-            # 1 - p, exact for the largest weight too, whose complement the subtraction would lose.
             e = np.where(seen, np.exp(z - top), 0.0)
             total = e.sum(-1, keepdims=True)
+            # The complement 1 - p and its logarithm. That of the largest weight is a sum over the others, scaled by the
+            # second largest: the subtraction would lose it, and so would an underflow, however wide the errors are.
             largest = np.arange(z.shape[-1]) == (z.argmax(-1)[..., None] if z.shape[-1] else 0)
-            rest = np.where(largest, np.where(largest, 0.0, e).sum(-1, keepdims=True), total - e)
-            rest = rest / np.where(total == 0, 1.0, total)
+            second = np.where(largest, -np.inf, z).max(-1, keepdims=True, initial=-np.inf)
+            alone = ~np.isfinite(second)
+            second = np.where(alone, top, second)
+            behind = np.where(largest | ~seen, 0.0, np.exp(z - second))
+            weight = behind.sum(-1, keepdims=True)
+            complement = np.where(largest, weight * np.exp(second - top), total - e)
+            rest = complement / np.where(total == 0, 1.0, total)
+            odds = z - top - np.where(largest, np.log(weight) + (second - top), np.log(complement))
             mean = np.sum(clean * var, -1, keepdims=True)
-            others = np.clip((mean - clean * var) / rest, 0.0, var.max(-1, keepdims=True, initial=0.0))
-            D = LAMBDA * np.sqrt(var + np.where(rest > 0, others, 0.0))
-            odds = (z - top) - np.log(rest * np.where(total == 0, 1.0, total))
+            of_largest = np.sum(behind * var, -1, keepdims=True) / weight
+            others = np.where(largest, of_largest, (mean - clean * var) / rest)
+            others = np.clip(others, 0.0, var.max(-1, keepdims=True, initial=0.0))
+            D = LAMBDA * np.sqrt(var + np.where(alone, 0.0, others))
             high, low = 1 / (1 + np.exp(-(odds + D))), 1 / (1 + np.exp(-(odds - D)))
             # Far off, what one weight gains another loses: with opposite values their errors add, not in squares.
             far = np.maximum(high - clean, clean - low) * np.sqrt(2.0)
             error = np.where(D < 1, clean * rest * np.expm1(np.minimum(D, 1.0)), far) / LAMBDA
-            error = np.where(seen & (rest > 0), error, 0.0)
+            error = np.where(seen & ~alone, error, 0.0)
             # A weight may be flushed to zero twice: as an exponential, and as a quotient.
-            own = clean * (EXP * 2 * self.u + self.accumulation(n)) + 2 * self.tiny * ((clean > 0) & (rest > 0))
+            own = clean * (EXP * 2 * self.u + self.accumulation(n)) + 2 * self.tiny * ((clean > 0) & ~alone)
         return np.square(error) + np.square(own)
 
     def recomputed(self, p: Bounded, s: Bounded, mask: np.ndarray) -> Bounded:
