@@ -6,10 +6,6 @@ Torch: `rattention` (window 511) against full causal `scaled_dot_product_attenti
 T and 4T, and decode time per token at position 1k and 32k with the state's error against float64. JAX: the same
 scaling with T, compiled. The candidates of a comparison take turns, so that a disturbance hits all of them alike, and
 the median of their repetitions counts. Times depend on the machine, ratios much less.
-
-The process keeps the memory that it frees, as the allocator of a long-running program does: glibc's default returns
-large blocks to the system, and what is then measured is how the system hands out pages. `--return-memory` measures with
-that default, into results/cpu_return_memory.json.
 """
 
 from __future__ import annotations
@@ -30,9 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / p) for p in ("spec", "backends/torch", "backends/jax")]
 
 WINDOW, HQ, HKV, D = 511, 8, 2, 64
-
-
-KEEP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
@@ -184,16 +177,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="T (default 8192)")
     parser.add_argument("--decode", type=int, default=32768, help="tokens to decode (default 32768)")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--return-memory", action="store_true", help="leave glibc's defaults as they are")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=["torch", "jax"])
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/cpu.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/cpu.json")
     given = parser.parse_args(arguments)
-    given.out = given.out or ROOT / f"benchmarks/results/cpu{'_return_memory' if given.return_memory else ''}.json"
-    if not given.return_memory and "GLIBC_TUNABLES" not in os.environ:
-        # Read when a process starts.
-        words = sys.argv[1:] if arguments is None else arguments
-        os.execve(sys.executable, [sys.executable, __file__, *words], os.environ | {"GLIBC_TUNABLES": KEEP})
 
     result: dict[str, Any] = {
         "commit": commit(),
@@ -201,7 +188,6 @@ def main(arguments: list[str] | None = None) -> None:
         "python": platform.python_version(),
         "shape": {"B": 1, "T": given.tokens, "Hq": HQ, "Hkv": HKV, "D": D, "window": WINDOW, "dtype": "float32"},
         "repetitions": given.repetitions,
-        "allocator": os.environ.get("GLIBC_TUNABLES", "default"),
     }
     if given.only != "jax":
         import torch
