@@ -31,6 +31,7 @@ SIZES = {
 }
 """Cases of smoke and quick by size class, and the share of them that backends with costly programs get."""
 NARROW = (0, -1, 3, 1)
+"""Windows of every second long probe."""
 POWERS = tuple(2**n for n in range(6, 12))
 """Tokens where faults of size begin: their own channels come first."""
 CLAUSES = (

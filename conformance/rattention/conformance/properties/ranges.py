@@ -21,6 +21,9 @@ BITS = {"float32": 11, "bfloat16": 8, "float16": 11}
 
 BRANCHES = ("sliding_window_attention", "residual_linear_attention", "rattention_extend")
 
+SCALES = {"great": 2.0**40, "small": 2.0**-40}
+"""Powers of two on both sides of what float16 holds."""
+
 
 def _draw_sums(plan: Plan) -> Iterator[Recipe]:
     if plan.profile == "smoke":
@@ -139,9 +142,6 @@ def _draw_scaled(plan: Plan) -> Iterator[Recipe]:
                 seed=int(rng.integers(0, 2**31)),
                 extra=(kind,),
             )
-
-
-SCALES = {"great": 2.0**40, "small": 2.0**-40}
 
 
 def _make_ranges(plan: Plan, recipe: Recipe) -> Case | None:
