@@ -4,8 +4,10 @@
 
 Torch: `rattention` (window 511) against full causal `scaled_dot_product_attention`, forward and forward + backward, at
 T and 4T, and decode time per token at position 1k and 32k with the state's error against float64. JAX: the same
-scaling with T, compiled. The candidates of a comparison take turns, so that a disturbance hits all of them alike, and
-the median of their repetitions counts. Times depend on the machine, ratios much less.
+scaling with T, compiled. The candidates of a comparison take turns, so that a disturbance hits all of them alike: a
+ratio is taken within each round and its median over the rounds counts, since the speed of a shared machine drifts more
+from round to round than a ratio differs from what it was before. Scaling is 4T over the mean of T just before and just
+after it. Times depend on the machine, ratios much less.
 """
 
 from __future__ import annotations
@@ -28,16 +30,35 @@ sys.path[:0] = [str(ROOT / p) for p in ("spec", "backends/torch", "backends/jax"
 WINDOW, HQ, HKV, D = 511, 8, 2, 64
 
 
-def interleaved(candidates: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Median seconds of each candidate; one warm-up round, then rounds in which all take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+Seconds = dict[str, list[float]]
+
+
+def interleaved(candidates: dict[str, Callable[[], Any]], repetitions: int) -> Seconds:
+    """Seconds of each candidate in each round; one warm-up round, then rounds in which all take turns."""
+    seconds: Seconds = {name: [] for name in candidates}
     for turn in range(repetitions + 1):
         for name, run in candidates.items():
             start = time.perf_counter()
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: Seconds) -> dict[str, float]:
     return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def scaling(what: str, run: Callable[[Any], Any], short: Any, long: Any) -> dict[str, Callable[[], Any]]:
+    """The three turns of a scaling: T, 4T, T again."""
+    turns = ("T", short), ("4T", long), ("T again", short)
+    return {f"{what} {name}": lambda given=given: run(given) for name, given in turns}
+
+
+def over(seconds: Seconds, above: str, *below: str) -> float:
+    """Median over the rounds of `above` over the mean of `below`."""
+    rounds = zip(seconds[above], *(seconds[name] for name in below), strict=True)
+    return statistics.median(a / statistics.mean(b) for a, *b in rounds)
 
 
 def torch_part(T: int, repetitions: int, tokens: int) -> dict[str, Any]:
@@ -66,27 +87,29 @@ def torch_part(T: int, repetitions: int, tokens: int) -> dict[str, Any]:
 
     def both(f: Callable[..., torch.Tensor], t: list[torch.Tensor], wanted: int) -> None:
         out = f(t)
-        torch.autograd.grad(out, t[:wanted], torch.ones_like(out))
+        torch.autograd.grad(out, t[:wanted], cotangents[out.shape])
 
     short, long = inputs(T), inputs(4 * T)
+    # The gradient of an output comes from the layers after it: its memory is not part of what is timed.
+    cotangents = {
+        shape: torch.ones(shape) for length in (T, 4 * T) for shape in ((1, length, HQ, D), (1, HQ, length, D))
+    }
     candidates = {
-        "rattention forward T": lambda: forward(ours, short),
+        **scaling("rattention forward", lambda t: forward(ours, t), short, long),
         "sdpa forward T": lambda: forward(full, short),
-        "rattention forward 4T": lambda: forward(ours, long),
-        "rattention forward+backward T": lambda: both(ours, short, 5),
+        **scaling("rattention forward+backward", lambda t: both(ours, t, 5), short, long),
         "sdpa forward+backward T": lambda: both(full, short, 3),
-        "rattention forward+backward 4T": lambda: both(ours, long, 5),
     }
     seconds = interleaved(candidates, repetitions)
-    ratios = {
-        f"{what}: {name}": seconds[f"rattention {what} {a}"] / seconds[f"{other} {what} T"]
-        for what in ("forward", "forward+backward")
-        for name, a, other in (("over sdpa", "T", "sdpa"), ("4T over T", "4T", "rattention"))
-    }
+    ratios = {}
+    for what in ("forward", "forward+backward"):
+        own = f"rattention {what}"
+        ratios[f"{what}: over sdpa"] = over(seconds, f"{own} T again", f"sdpa {what} T")
+        ratios[f"{what}: 4T over T"] = over(seconds, f"{own} 4T", f"{own} T", f"{own} T again")
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "seconds": seconds,
+        "seconds": medians(seconds),
         "ratios": ratios,
         "decode": torch_decode(tokens),
     }
@@ -121,7 +144,7 @@ def torch_decode(tokens: int) -> dict[str, Any]:
             name: lambda c=c: rattention_extend(q, k, v, weight, weight, c, window=WINDOW)
             for name, c in (("early", young), ("late", cache))
         }
-        first, last = interleaved(steps, at).values()
+        first, last = medians(interleaved(steps, at)).values()
     scale = exact.norm().clamp(min=torch.finfo(torch.float64).tiny)
     return {
         "tokens": tokens,
@@ -150,14 +173,14 @@ def jax_part(T: int, repetitions: int) -> dict[str, Any]:
     both = jax.jit(jax.grad(lambda *t: ours(*t).sum(), argnums=(0, 1, 2, 3, 4)))
     short, long = inputs(T), inputs(4 * T)
     candidates = {
-        "forward T": lambda: jax.block_until_ready(forward(*short)),
-        "forward 4T": lambda: jax.block_until_ready(forward(*long)),
-        "forward+backward T": lambda: jax.block_until_ready(both(*short)),
-        "forward+backward 4T": lambda: jax.block_until_ready(both(*long)),
+        **scaling("forward", lambda t: jax.block_until_ready(forward(*t)), short, long),
+        **scaling("forward+backward", lambda t: jax.block_until_ready(both(*t)), short, long),
     }
     seconds = interleaved(candidates, repetitions)
-    ratios = {f"{w}: 4T over T": seconds[f"{w} 4T"] / seconds[f"{w} T"] for w in ("forward", "forward+backward")}
-    return {"jax": jax.__version__, "seconds": seconds, "ratios": ratios}
+    ratios = {
+        f"{w}: 4T over T": over(seconds, f"{w} 4T", f"{w} T", f"{w} T again") for w in ("forward", "forward+backward")
+    }
+    return {"jax": jax.__version__, "seconds": medians(seconds), "ratios": ratios}
 
 
 def processor() -> str:
@@ -176,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="T (default 8192)")
     parser.add_argument("--decode", type=int, default=32768, help="tokens to decode (default 32768)")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=15, help="rounds (default 15)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=["torch", "jax"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/cpu.json")

@@ -22,6 +22,9 @@ from rattention.torch.eager.scan import Groups, fill_scan, fill_scan_backward, g
 from torch import Tensor
 
 
+Optional = Tensor | None
+
+
 class Inputs(NamedTuple):
     """Tensors of one call, each with the batch as its first axis, so that vmap merges into it."""
 
@@ -66,14 +69,18 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)  # zeros for both branches and the states would be as much memory again
         tensors = len(Inputs._fields)
         ctx.save_for_backward(*inputs[:tensors], *output[2:])
         ctx.rest = inputs[tensors:-1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_final: Tensor, *_: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_out: Optional, d_final: Optional, *_: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
+        swa, _, states = saved[len(Inputs._fields) :]
+        d_out = torch.zeros_like(swa) if d_out is None else d_out
+        d_final = states.new_zeros(*states.shape[:2], *states.shape[3:]) if d_final is None else d_final
         grads = fused_backward(d_out, d_final, *saved, *ctx.rest)
         absent = [x is None for x in saved[:DIFFERENTIABLE]]
         named = [None if gone else g for gone, g in zip(absent, grads, strict=True)]
@@ -110,9 +117,6 @@ def _tokens(x: Tensor | None, at: slice) -> Tensor | None:
 def _scan_groups(x: Inputs, at: _Segment) -> Groups | None:
     states = slice(at.scan.start, at.scan.stop + 1)
     return groups_of(_tokens(x.scan_q, at.t), _tokens(x.scan_k, at.scan), _tokens(x.alive, states))
-
-
-Optional = Tensor | None
 
 
 def _band_args(x: Inputs, at: _Segment) -> tuple[Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional]:

@@ -72,13 +72,17 @@ class _Scan(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         states = output[2]
         ctx.mark_non_differentiable(states)
+        ctx.set_materialize_grads(False)  # zeros for the states would be as much memory again
         ctx.save_for_backward(*inputs[:4], states, *inputs[4:7])
         ctx.rest = inputs[7:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_final: Tensor, _: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, d_out: Any, d_final: Any, _: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
+        q, _, v, _, states, *_ = saved
+        d_out = q.new_zeros(*q.shape[:3], v.shape[3]) if d_out is None else d_out
+        d_final = states.new_zeros(*states.shape[:2], *states.shape[3:]) if d_final is None else d_final
         *grads, d_state = scan_backward(d_out, d_final, *saved, *ctx.rest)
         return (*grads, None if saved[3] is None else d_state, *(None,) * 6)
 
