@@ -21,7 +21,6 @@ from rattention.torch.eager.mix import fill_mix, fill_mix_backward
 from rattention.torch.eager.scan import Groups, fill_scan, fill_scan_backward, groups_of, new_states
 from torch import Tensor
 
-
 Optional = Tensor | None
 
 
