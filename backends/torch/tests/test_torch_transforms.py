@@ -78,6 +78,34 @@ def loss(t: dict[str, Any], **extra: Any) -> Tensor:
     return out.square().sum() + (state * torch.arange(DV)).sum()
 
 
+@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("output", [0, 1])
+def test_the_gradient_of_one_output_alone(output, memory):
+    """Through each transformation: what reaches backward for the other output, and for what it keeps, is no tensor."""
+    t, fixed = inputs(), constants() | {"return_final_state": True}
+    fixed["segment_ids"] = fixed["segment_ids"][:1]
+    if not memory:
+        del t["memory"]
+    names = [name for name in t if t[name].shape[0] == B and name != "memory"]
+    rest = {name: x for name, x in t.items() if name not in names}
+
+    def f(tensors: dict[str, Any]) -> Tensor:
+        return rt.rattention(**tensors, **rest, **fixed)[output].square().sum()
+
+    rows = [{name: t[name][b : b + 1].clone().requires_grad_() for name in names} for b in range(B)]
+    want = [torch.autograd.grad(f(row), list(row.values()), allow_unused=True) for row in rows]
+    stacked = {name: t[name][:, None] for name in names}
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for b, row in enumerate(rows):
+        got = torch.autograd.grad(compiled(row), list(row.values()), allow_unused=True)
+        for batched, alone, want_one in zip(
+            torch.func.vmap(torch.func.grad(f))(stacked).values(), got, want[b], strict=True
+        ):
+            expected = torch.zeros_like(batched[b]) if want_one is None else want_one
+            torch.testing.assert_close(batched[b], expected)
+            torch.testing.assert_close(torch.zeros_like(expected) if alone is None else alone, expected)
+
+
 @pytest.mark.parametrize("how", ["eager", "aot_eager"])
 def test_compile_without_graph_breaks(how):
     fixed, t = constants(), inputs(torch.float32)
