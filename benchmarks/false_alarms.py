@@ -5,26 +5,37 @@
 Every run must end conforming: an alarm is a fault of the suite, of the reference or of the backend, and its cases are
 kept under report/false-alarms. For each backend: the seeds, the verdicts, units, seconds, and the largest share of the
 error budget that any run used, per operation and dtype. Exit code 1 where a run raised an alarm.
+
+A worker takes a seed and runs the backends one after the other on it, so that they share the reference's answers and
+budgets, which cost more than the backends themselves; programs that JAX has compiled serve its next seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import secrets
 import statistics
 import subprocess
 import sys
-import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rattention.conformance.oracle import Oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "false_alarms.json"
 PATHS = [str(ROOT / p) for p in ("spec", "backends/numpy", "backends/torch", "backends/jax", "conformance")]
+
+
+ANSWERS = 4 * 2**30
+"""Bytes of the reference's answers that a worker keeps: all those of a seed."""
 
 
 def main() -> int:
@@ -43,31 +54,36 @@ def main() -> int:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
 
-    # The shapes of a profile do not depend on the seed: what JAX compiled for one run serves the next.
-    cache = tempfile.TemporaryDirectory()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache.name)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
     seeds = options.seeds or [secrets.randbelow(2**31) for _ in range(options.runs)]
     told: list[dict[str, Any]] = []
     if options.append and options.output.exists():
         told = json.loads(options.output.read_text(encoding="utf-8"))["runs"]
-    for seed in seeds:  # a seed after the other, so that a run that is cut short has all backends
-        for backend in options.backends:
-            told.append(one(backend, options.profile, seed, options.workers))
+    context = multiprocessing.get_context("spawn")  # a framework's threads do not survive a fork
+    with ProcessPoolExecutor(options.workers, context) as pool:
+        waiting = [pool.submit(one_seed, options.backends, options.profile, seed) for seed in seeds]
+        for done in as_completed(waiting):
+            told += done.result()
             write(told, options.output)
     return 1 if any(not run["conforming"] for run in told) else 0
 
 
-def one(backend: str, profile: str, seed: int, workers: int) -> dict[str, Any]:
+def one_seed(backends: list[str], profile: str, seed: int) -> list[dict[str, Any]]:
+    """A run of each backend on one seed."""
+    from rattention.conformance.oracle import Oracle
+
+    oracle = Oracle(ANSWERS)
+    return [one(backend, profile, seed, oracle) for backend in backends]
+
+
+def one(backend: str, profile: str, seed: int, oracle: Oracle) -> dict[str, Any]:
     """One run, and what it found."""
     from rattention.conformance import reporting
     from rattention.conformance.cli import default_vectors
     from rattention.conformance.reporting.files import write_cases
     from rattention.conformance.runner import Settings, conform
 
-    outcome = conform(backend, Settings(profile, seed, vectors=tuple(default_vectors()), workers=workers))
+    settings = Settings(profile, seed, vectors=tuple(default_vectors()))
+    outcome = conform(backend, settings, oracle=oracle)
     summary = reporting.summarise(outcome)
     alarms = [v["message"] for f in summary["failures"] for v in f["violations"]]
     if not outcome.conforming:
