@@ -87,11 +87,11 @@ def torch_part(T: int, repetitions: int, tokens: int) -> dict[str, Any]:
 
     def both(f: Callable[..., torch.Tensor], t: list[torch.Tensor], wanted: int) -> None:
         out = f(t)
-        torch.autograd.grad(out, t[:wanted], cotangents[out.shape])
+        torch.autograd.grad(out, t[:wanted], cotangents[tuple(out.shape)])
 
     short, long = inputs(T), inputs(4 * T)
     # The gradient of an output comes from the layers after it: its memory is not part of what is timed.
-    cotangents = {
+    cotangents: dict[tuple[int, ...], torch.Tensor] = {
         shape: torch.ones(shape) for length in (T, 4 * T) for shape in ((1, length, HQ, D), (1, HQ, length, D))
     }
     candidates = {

@@ -82,7 +82,8 @@ def loss(t: dict[str, Any], **extra: Any) -> Tensor:
 @pytest.mark.parametrize("output", [0, 1])
 def test_the_gradient_of_one_output_alone(output, memory):
     """Through each transformation: what reaches backward for the other output, and for what it keeps, is no tensor."""
-    t, fixed = inputs(), constants() | {"return_final_state": True}
+    t = inputs()
+    fixed: dict[str, Any] = {**constants(), "return_final_state": True}
     fixed["segment_ids"] = fixed["segment_ids"][:1]
     if not memory:
         del t["memory"]
