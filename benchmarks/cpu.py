@@ -5,9 +5,9 @@
 Torch: `rattention` (window 511) against full causal `scaled_dot_product_attention`, forward and forward + backward, at
 T and 4T, and decode time per token at position 1k and 32k with the state's error against float64. JAX: the same
 scaling with T, compiled. The candidates of a comparison take turns, so that a disturbance hits all of them alike: a
-ratio is taken within each round and its median over the rounds counts, since the speed of a shared machine drifts more
-from round to round than a ratio differs from what it was before. Scaling is 4T over the mean of T just before and just
-after it. Times depend on the machine, ratios much less.
+ratio is taken within each round and its median over the rounds counts, since the speed of a shared machine drifts from
+round to round. Scaling is 4T over the mean of T just before and just after it. Times depend on the machine, ratios much
+less.
 """
 
 from __future__ import annotations
