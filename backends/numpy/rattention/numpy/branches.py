@@ -143,12 +143,12 @@ def final_state(xp: Any, fk: Array, v: Array, folded: np.ndarray, keeps: np.ndar
 
 
 def final_state_vjp(
-    xp: Any, fk: Array, v: Array, folded: np.ndarray, keeps: np.ndarray, d_final: Array
+    xp: Any, fk: Array, v: Array, folded: np.ndarray, keeps: np.ndarray, d_final: Array, group: int
 ) -> tuple[Array, Array, Array]:
-    """d_fk, d_v, d_state of `final_state`."""
+    """d_fk, d_v, d_state of `final_state`; `group` query heads share a state."""
     chosen = folded[:, None, None, :, None]
-    # Backwards the recurrence starts from the cotangent of the state, and adds what each query reads.
-    d_final = xp.carried(d_final, folded.shape[-1])
+    # Backwards the recurrence starts from the cotangent of the state, and adds what each query of each head reads.
+    d_final = xp.carried(d_final, folded.shape[-1] * group)
     d = d_final[:, :, None]
     d_fk = xp.where(chosen, xp.matmul(xp.where(chosen, v), transpose(d)))
     d_v = xp.where(chosen, xp.matmul(xp.where(chosen, fk), d))

@@ -107,8 +107,10 @@ def _state(case: Case, folded: int) -> tuple[np.ndarray, np.ndarray]:
     phi = np.concatenate([x / x.sum(-1, keepdims=True) for x in e], -1)
     state = np.einsum("btkf,btkd->bkfd", phi, v)
     size = np.einsum("btkf,btkd->bkfd", phi, np.abs(v))
-    # phi may be rounded to storage as an operand, each token's independently; sums are float32.
+    # phi may be rounded to storage as an operand, each token's independently. Sums are float32: n roundings of partial
+    # sums that grow to `size` deviate by u sqrt(n) / 3 of it, and five deviations count (chapter 10, Sums).
     operand = np.sqrt(np.einsum("btkf,btkd->bkfd", phi**2, v**2)) * 5
     storage = case.tensors["k"].dtype
     unit = half_ulp(np.ones(()), storage) if storage.itemsize == 2 else 2.0**-22
-    return state, np.minimum(operand * unit + 2.0**-22 * size * 8, 1e-4 * size + operand * unit)
+    sums = 2.0**-24 * (16 + 5 * np.sqrt(max(folded, 0)) / 3) * size
+    return state, operand * unit + np.minimum(sums, 1e-4 * size)
