@@ -18,6 +18,32 @@ def transpose(x: Array) -> Array:
     return x.swapaxes(-1, -2)
 
 
+def tokens_of_group(x: Array) -> Array:
+    """[B, Hkv, G, T, X] -> [B, Hkv, 1, T G, X]: the query heads of a group as more tokens.
+
+    A gradient of what they share is then one sum over tokens and heads, which may be taken in any order (chapter 10).
+    """
+    B, N, G, T, X = x.shape
+    return x.swapaxes(2, 3).reshape(B, N, 1, T * G, X)
+
+
+def heads_of_group(x: Array, group: int) -> Array:
+    """The way back of `tokens_of_group`."""
+    B, N, _, rows, X = x.shape
+    return x.reshape(B, N, rows // group, group, X).swapaxes(2, 3)
+
+
+def tokens_of_batch(x: Array) -> Array:
+    """[B, Hkv, G, T, X] -> [Hkv, G, B T, X]."""
+    B, N, G, T, X = x.shape
+    return x.swapaxes(0, 1).swapaxes(1, 2).reshape(N, G, B * T, X)
+
+
+def rows_of_group(mask: np.ndarray, group: int) -> np.ndarray:
+    """[B, 1, 1, T, S] -> [B, 1, 1, T G, S]."""
+    return np.repeat(mask, group, -2)
+
+
 # ------------------------------------------------------------------------------------------------ feature map
 
 
@@ -71,13 +97,14 @@ def window_attention_vjp(
     xp: Any, q: Array, k: Array, v: Array, window: np.ndarray, scale: float, out: Array, p: Array, d_out: Array
 ) -> tuple[Array, Array, Array]:
     """d_q, d_k, d_v. With d_p = d_out v^T: d_s = p (d_p - <d_out, out>), since sum_i p_i d_p_i = <d_out, out>."""
-    back = np.swapaxes(window, -1, -2)
-    d_v = xp.sum(xp.matmul(transpose(p), d_out, back), 2, keepdims=True)
+    group = q.shape[2]
+    back = np.swapaxes(rows_of_group(window, group), -1, -2)
+    d_v = xp.matmul(transpose(tokens_of_group(p)), tokens_of_group(d_out), back)
     d_p = xp.matmul(d_out, transpose(v))
     delta = xp.shared(xp.inner(d_out, out), window.sum(-1, keepdims=True))
     d_s = xp.where(window, p * (d_p - delta)) * scale
     d_q = xp.matmul(d_s, k, window)
-    d_k = xp.sum(xp.matmul(transpose(d_s), q, back), 2, keepdims=True)
+    d_k = xp.matmul(transpose(tokens_of_group(d_s)), tokens_of_group(q), back)
     return d_q, d_k, d_v
 
 
@@ -114,21 +141,28 @@ def linear_attention_vjp(
     d_out: Array,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """d_fq, d_fk, d_v, d_state, d_memory; the last two None where the input is."""
+    group = fq.shape[2]
+    d_memory = None
+    if memory is not None:  # shared by the batch, whose tokens are one sum as well
+        d_fq_memory = xp.matmul(d_out, transpose(memory))
+        d_memory = xp.matmul(transpose(tokens_of_batch(fq)), tokens_of_batch(d_out))
+    fq, d_out, carried = tokens_of_group(fq), tokens_of_group(d_out), rows_of_group(carried, group)
+    behind = rows_of_group(behind, group)
     back = np.swapaxes(behind, -1, -2)
     d_weights = xp.matmul(d_out, transpose(v), regroup=True)
     weights = xp.matmul(fq, transpose(fk), regroup=True)
     d_fq = xp.matmul(d_weights, fk, behind)
-    d_fk = xp.sum(xp.matmul(transpose(d_weights), fq, back), 2, keepdims=True)
-    d_v = xp.sum(xp.matmul(transpose(weights), d_out, back), 2, keepdims=True)
-    d_state = d_memory = None
+    d_fk = xp.matmul(transpose(d_weights), fq, back)
+    d_v = xp.matmul(transpose(weights), d_out, back)
+    d_state = None
     if state is not None:
         d_carried = xp.where(carried, d_out)
         tokens = behind.sum(-1).max(-1, initial=0)[..., None, None]
         d_fq = d_fq + xp.matmul(d_carried, transpose(xp.carried(state, tokens)))
-        d_state = xp.sum(xp.matmul(transpose(xp.where(carried, fq)), d_carried), 2)
+        d_state = xp.matmul(transpose(xp.where(carried, fq)), d_carried)[:, :, 0]
+    d_fq = heads_of_group(d_fq, group)
     if memory is not None:
-        d_fq = d_fq + xp.matmul(d_out, transpose(memory))
-        d_memory = xp.sum(xp.matmul(transpose(fq), d_out), 0)
+        d_fq = d_fq + d_fq_memory
     return d_fq, d_fk, d_v, d_state, d_memory
 
 

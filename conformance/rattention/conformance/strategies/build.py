@@ -8,7 +8,7 @@ import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.strategies import layouts
 from rattention.conformance.strategies.recipe import Recipe
-from rattention.conformance.strategies.values import DTYPES, draw, poisoned
+from rattention.conformance.strategies.values import DTYPES, draw, poisoned, stream
 from rattention.spec import load
 
 TOKENS = ("q", "k", "v")
@@ -73,7 +73,7 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
         rng = recipe.rng("positions")
         rows = table_rows(recipe, {})
         out["positions"] = rng.integers(0, rows, (B, T), dtype=np.int32)
-        if T and B:
+        if T and B and rng.random() < 0.5:  # the last row of the table, or rows to spare
             out["positions"][0, 0] = rows - 1
         if "segment_ids" in out and recipe.has("poison"):
             out["positions"] = np.where(out["segment_ids"] == 0, np.int32(-7), out["positions"]).astype(np.int32)
@@ -144,7 +144,7 @@ def build(recipe: Recipe, tiles: tuple[int, ...] = ()) -> Case:
             tensors[t.name] = table[t.name].astype(single if recipe.weights == "mixed" else weight)
         else:
             shape = tuple(size[s] for s in t.shape)
-            values = draw(recipe.family, recipe.rng(t.name), shape, t.name)
+            values = draw(recipe.family, recipe.rng(stream(recipe.family, t.name)), shape, t.name)
             tensors[t.name] = np.ascontiguousarray(values.astype(classes[t.dtype]))
     _silence(recipe, tensors)
     return Case(recipe.op, tensors, attributes(recipe), note=recipe.describe(), seed=recipe.seed)

@@ -102,6 +102,26 @@ def _zeros(rng: np.random.Generator, shape: tuple[int, ...], role: str) -> np.nd
     return x * (rng.random(shape[:2]) < 0.6)[..., None, None] if len(shape) == 4 else x
 
 
+def _equal(rng: np.random.Generator, shape: tuple[int, ...], role: str) -> np.ndarray:
+    """One number throughout a tensor: means are that number, rows and differences of neighbours cancel."""
+    return np.full(shape, rng.choice([1.0, -1.0, 0.0, rng.standard_normal()], p=[0.3, 0.2, 0.1, 0.4]))
+
+
+def _ramp(rng: np.random.Generator, shape: tuple[int, ...], role: str) -> np.ndarray:
+    """Sorted along tokens and channels, of one sign: no average hides an index that is off, no term cancels."""
+    if len(shape) < 3:
+        return rng.uniform(0.5, 1.5, shape)
+    tokens = np.linspace(0.5, 2.0, shape[1]).reshape(-1, *(1,) * (len(shape) - 2))
+    return np.broadcast_to(rng.choice([-1.0, 1.0]) * tokens * np.linspace(0.5, 1.0, shape[-1]), shape)
+
+
+def _tied(rng: np.random.Generator, shape: tuple[int, ...], role: str) -> np.ndarray:
+    """Query, key and value of a token are one vector, the same in each head: every score matrix is symmetric."""
+    if len(shape) != 4:
+        return rng.standard_normal(shape)
+    return np.broadcast_to(rng.standard_normal((*shape[:2], 1, shape[3])), shape)
+
+
 FAMILIES: dict[str, Family] = {
     "normal": _normal,
     "offset": _offset,
@@ -116,6 +136,9 @@ FAMILIES: dict[str, Family] = {
     "trend": _trend,
     "huge": _huge,
     "zeros": _zeros,
+    "equal": _equal,
+    "ramp": _ramp,
+    "tied": _tied,
 }
 
 ROLES = {
@@ -135,6 +158,11 @@ ROLES = {
     "initial_state": "state",
     "cache_state": "state",
 }
+
+
+def stream(family: str, name: str) -> str:
+    """Which stream of random numbers tensor `name` is drawn from: its own, or one that tied tensors share."""
+    return "tied" if family == "tied" and ROLES.get(name) in ("q", "k", "v") else name
 
 
 def draw(family: str, rng: np.random.Generator, shape: tuple[int, ...], name: str) -> np.ndarray:
