@@ -94,10 +94,8 @@ def both_branches(
         return mix(swa, rla, swa_weight, rla_weight, eps), final
     B, J = q.shape[0], linear.keys
     rotated = by_heads(rotate(k, softmax.k_table))
-    if softmax.k_table is None and linear.k_scale is None:
-        key = rotated[:, :, :J]
-    else:
-        key = by_heads(_scaled(k[:, :J], linear.k_scale))
+    shared = softmax.k_table is None and linear.k_scale is None
+    key = None if shared else by_heads(_scaled(k[:, :J], linear.k_scale))
     inputs = Inputs(
         q,
         rotated,
@@ -111,7 +109,7 @@ def both_branches(
         *(softmax.groups or (None, None)),
         *(linear.groups or (None, None, None)),
     )
-    return fused(inputs, *softmax.numbers(q, k), linear.inclusive, linear.feature_map, eps, reduced)
+    return fused(inputs, J, *softmax.numbers(q, k), linear.inclusive, linear.feature_map, eps, reduced)
 
 
 def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ from rattention.torch.eager.batching import merge_into_batch
 from rattention.torch.eager.chunks import TILE, scan_chunk, spans
 from rattention.torch.eager.maps import features
 from rattention.torch.eager.mix import fill_mix, fill_mix_backward
-from rattention.torch.eager.scan import Groups, fill_scan, fill_scan_backward, groups_of, new_states
+from rattention.torch.eager.scan import Groups, fill_scan, fill_scan_backward, groups_of, new_states, one_state
 from torch import Tensor
 
 Optional = Tensor | None
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
     q: Tensor  # [B, T, Hq, D], unrotated and unscaled
     k: Tensor  # [B, Hkv, P + T, D], rotated
     v: Tensor  # [B, Hkv, P + T, Dv]
-    key: Tensor  # [B, Hkv, J, D], the first J keys as the linear branch sees them
+    key: Tensor | None  # [B, Hkv, J, D], the first J keys as the linear branch sees them; None where it sees those of k
     q_scale: Tensor | None  # [B, D]
     state: Tensor | None  # [B, Hkv, F, Dv]
     swa_weight: Tensor  # [B, Hq, Dv]
@@ -49,12 +49,15 @@ DIFFERENTIABLE = 8
 
 
 def fused(
-    inputs: Inputs, window: int, scale: float, inclusive: bool, feature_map: str, eps: float, reduced: bool
+    inputs: Inputs, keys: int, window: int, scale: float, inclusive: bool, feature_map: str, eps: float, reduced: bool
 ) -> tuple[Tensor, Tensor]:
-    """`[B, T, Hq, Dv]` and the final state `[B, Hkv, F, Dv]`; attributes as in `band`, `scan` and `mix`."""
+    """`[B, T, Hq, Dv]` and the final state `[B, Hkv, F, Dv]`.
+
+    `keys`: J, how many keys the linear branch reads; the other attributes as in `band`, `scan` and `mix`.
+    """
     transformed = torch._C._are_functorch_transforms_active()
     keep = torch.is_grad_enabled() and (transformed or any(x is not None and x.requires_grad for x in inputs[:8]))
-    out, final, *_ = _Fused.apply(*inputs, window, scale, inclusive, feature_map, eps, reduced, keep)  # pyright: ignore
+    out, final, *_ = _Fused.apply(*inputs, keys, window, scale, inclusive, feature_map, eps, reduced, keep)  # pyright: ignore
     return out, final
 
 
@@ -79,11 +82,11 @@ class _Fused(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
         swa, _, states = saved[len(Inputs._fields) :]
         d_out = torch.zeros_like(swa) if d_out is None else d_out
-        d_final = states.new_zeros(*states.shape[:2], *states.shape[3:]) if d_final is None else d_final
+        d_final = one_state(states) if d_final is None else d_final
         grads = fused_backward(d_out, d_final, *saved, *ctx.rest)
         absent = [x is None for x in saved[:DIFFERENTIABLE]]
         named = [None if gone else g for gone, g in zip(absent, grads, strict=True)]
-        return (*named, *(None,) * (len(Inputs._fields) - DIFFERENTIABLE + 7))
+        return (*named, *(None,) * (len(Inputs._fields) - DIFFERENTIABLE + 8))
 
 
 class _Segment(NamedTuple):
@@ -95,11 +98,10 @@ class _Segment(NamedTuple):
     chunks: slice
 
 
-def _segments(x: Inputs, window: int) -> Iterator[_Segment]:
+def _segments(x: Inputs, J: int, window: int) -> Iterator[_Segment]:
     """Cut at the first query that has a key behind its window, then every few chunks: no chunk is cut in two."""
     B, T, Hq, D = x.q.shape
-    P, J = x.k.shape[2] - T, x.key.shape[2]
-    lead = T - J
+    P, lead = x.k.shape[2] - T, T - J
     chunk = scan_chunk(Hq // x.k.shape[1])
     step = max(4 * TILE // max(B * Hq * max(D, x.v.shape[3]), 1) // chunk, 1) * chunk
     for t0, t1 in (*spans(0, lead, step), *spans(lead, T, step)):
@@ -125,7 +127,7 @@ def _band_args(x: Inputs, at: _Segment) -> tuple[Tensor, Tensor, Tensor, Optiona
 
 def _scan_args(x: Inputs, at: _Segment) -> tuple[Tensor, Tensor, Tensor]:
     q = x.q[:, at.t] if x.q_scale is None else x.q[:, at.t] * x.q_scale[:, None, None]
-    return q, x.key[:, :, at.scan], x.v[:, :, at.scan]
+    return q, (x.k if x.key is None else x.key)[:, :, at.scan], x.v[:, :, at.scan]
 
 
 @torch.library.custom_op("rattention::fused_forward", mutates_args=())
@@ -133,7 +135,7 @@ def fused_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     q_scale: Tensor | None,
     state: Tensor | None,
     swa_weight: Tensor,
@@ -145,6 +147,7 @@ def fused_forward(
     scan_q: Tensor | None,
     scan_k: Tensor | None,
     alive: Tensor | None,
+    keys: int,
     window: int,
     scale: float,
     inclusive: bool,
@@ -154,9 +157,9 @@ def fused_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(q, k, v, key, q_scale, state, swa_weight, rla_weight, cos, sin, band_q, band_k, scan_q, scan_k, alive)
-    out, final, swa, rla, states = _outputs(q, v, key, feature_map, keep)
+    out, final, swa, rla, states = _outputs(q, v, keys, feature_map, keep)
     running = state
-    for at in _segments(x, window):
+    for at in _segments(x, keys, window):
         s, r = (b[:, at.t] if keep else torch.empty_like(out[:, at.t]) for b in (swa, rla))
         fill_band(s, *_band_args(x, at), window, scale, reduced)
         kept = states[:, :, at.chunks] if keep else None
@@ -173,19 +176,19 @@ def fused_forward(
     return out, final, swa, rla, states
 
 
-def _outputs(q: Tensor, v: Tensor, key: Tensor, feature_map: str, keep: bool) -> tuple[Tensor, ...]:
+def _outputs(q: Tensor, v: Tensor, J: int, feature_map: str, keep: bool) -> tuple[Tensor, ...]:
     """Output, final state, and what backward needs: both branches and the state before each chunk."""
     B, T, Hq, D = q.shape
     Hkv, Dv, F = v.shape[1], v.shape[3], features(D, feature_map)
     branches = [q.new_empty(B, T if keep else 0, Hq, Dv) for _ in range(2)]
-    states = new_states(q, v, key.shape[2] if keep else 0, feature_map)
+    states = new_states(q, v, J if keep else 0, feature_map)
     return q.new_empty(B, T, Hq, Dv), q.new_empty(B, Hkv, F, Dv), *branches, states
 
 
 @fused_forward.register_fake
 def _(q, k, v, key, *args):
-    feature_map, keep = args[-4], args[-1]
-    return _outputs(q, v, key, feature_map, keep)
+    keys, feature_map, keep = args[-8], args[-4], args[-1]
+    return _outputs(q, v, keys, feature_map, keep)
 
 
 @torch.library.custom_op("rattention::fused_backward", mutates_args=())
@@ -195,7 +198,7 @@ def fused_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     q_scale: Tensor | None,
     state: Tensor | None,
     swa_weight: Tensor,
@@ -210,6 +213,7 @@ def fused_backward(
     swa: Tensor,
     rla: Tensor,
     states: Tensor,
+    keys: int,
     window: int,
     scale: float,
     inclusive: bool,
@@ -217,13 +221,15 @@ def fused_backward(
     eps: float,
     reduced: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first eight inputs; that of an absent q_scale is empty."""
+    """Gradients of the first eight inputs; those of an absent key and q_scale are empty."""
     x = Inputs(q, k, v, key, q_scale, state, swa_weight, rla_weight, cos, sin, band_q, band_k, scan_q, scan_k, alive)
-    d_q, d_k, d_v, d_key = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), key.new_empty(key.shape)
+    d_q, d_k, d_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    # Where both branches read the same keys, they add to one gradient: no second one is made, cut and added.
+    d_key = d_k if key is None else key.new_zeros(key.shape)
     d_q_scale = q.new_empty(0) if q_scale is None else q_scale.new_zeros(q_scale.shape)
     d_weights = swa_weight.new_zeros(swa_weight.shape), rla_weight.new_zeros(rla_weight.shape)
     d_state = d_final.clone(memory_format=torch.contiguous_format)
-    for at in reversed(list(_segments(x, window))):
+    for at in reversed(list(_segments(x, keys, window))):
         d_s, d_r = torch.empty_like(swa[:, at.t]), torch.empty_like(rla[:, at.t])
         mixed = (swa[:, at.t], rla[:, at.t], swa_weight, rla_weight, eps)
         fill_mix_backward(d_s, d_r, *d_weights, d_out[:, at.t], *mixed)
@@ -241,14 +247,14 @@ def fused_backward(
         else:
             d_q[:, at.t].addcmul_(d_qs, q_scale[:, None, None])
             d_q_scale += d_qs.mul_(q[:, at.t]).sum((1, 2))
-    return d_q, d_k, d_v, d_key, d_q_scale, d_state, *d_weights
+    return d_q, d_k, d_v, k.new_empty(0) if key is None else d_key, d_q_scale, d_state, *d_weights
 
 
 @fused_backward.register_fake
 def _(d_out, d_final, q, k, v, key, q_scale, state, swa_weight, rla_weight, *args):
-    d_q_scale = q.new_empty(0) if q_scale is None else q_scale.new_empty(q_scale.shape)
-    first = [x.new_empty(x.shape) for x in (q, k, v, key)]
-    return (*first, d_q_scale, *(x.new_empty(x.shape) for x in (d_final, swa_weight, rla_weight)))
+    optional = [q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (key, q_scale)]
+    first, last = ([x.new_empty(x.shape) for x in xs] for xs in ((q, k, v), (d_final, swa_weight, rla_weight)))
+    return (*first, *optional, *last)
 
 
 fused_forward.register_vmap(merge_into_batch(fused_forward))

@@ -82,7 +82,7 @@ class _Scan(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
         q, _, v, _, states, *_ = saved
         d_out = q.new_zeros(*q.shape[:3], v.shape[3]) if d_out is None else d_out
-        d_final = states.new_zeros(*states.shape[:2], *states.shape[3:]) if d_final is None else d_final
+        d_final = one_state(states) if d_final is None else d_final
         *grads, d_state = scan_backward(d_out, d_final, *saved, *ctx.rest)
         return (*grads, None if saved[3] is None else d_state, *(None,) * 6)
 
@@ -203,6 +203,11 @@ def new_states(q: Tensor, v: Tensor, J: int, feature_map: str) -> Tensor:
     return q.new_empty(B, Hkv, (J + chunk - 1) // chunk, F, v.shape[3])
 
 
+def one_state(states: Tensor) -> Tensor:
+    """A state of zeros, `[B, Hkv, F, Dv]`, beside those of `new_states`."""
+    return states.new_zeros(*states.shape[:2], *states.shape[3:])
+
+
 @torch.library.custom_op("rattention::scan_forward", mutates_args=())
 def scan_forward(
     q: Tensor,
@@ -225,7 +230,7 @@ def scan_forward(
 @scan_forward.register_fake
 def _(q, k, v, state, group_q, group_k, alive, inclusive, feature_map, reduced):
     states = new_states(q, v, v.shape[2], feature_map)
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(*states.shape[:2], *states.shape[3:]), states
+    return q.new_empty(*q.shape[:3], v.shape[3]), one_state(states), states
 
 
 def fill_scan_backward(
@@ -244,7 +249,7 @@ def fill_scan_backward(
     feature_map: str,
     reduced: bool,
 ) -> Tensor:
-    """Write the gradients of q and k, add that of v, and return that of the state in memory of its own.
+    """Write the gradient of q, add those of k and v, and return that of the state in memory of its own.
 
     The gradient of the state runs from the last chunk to the first: what the queries of a chunk read, plus what is
     carried past it.
@@ -265,7 +270,7 @@ def fill_scan_backward(
                 d_tile = walk.inside(torch.bmm(d_o, y.transpose(1, 2)), at, t, j)
                 d_x = walk.folded(torch.bmm(y, dS.transpose(1, 2)), at, j)
                 d_x = torch.baddbmm(d_x, d_tile.transpose(1, 2), f)
-                flat(d_k, at, j).copy_(phi_backward(b, x, d_x, feature_map))
+                flat(d_k, at, j).add_(phi_backward(b, x, d_x, feature_map))
                 d_f = walk.readers(torch.bmm(d_o, S.transpose(1, 2)), at, t, j.start)
                 d_f = torch.baddbmm(d_f, d_tile, x)
                 put_rows(d_q, phi_backward(a, f, d_f, feature_map), at, t, G)
@@ -299,7 +304,7 @@ def scan_backward(
     reduced: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and state."""
-    d_q, d_k, d_v = q.new_empty(q.shape), k.new_empty(k.shape), v.new_zeros(v.shape)
+    d_q, d_k, d_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     groups = groups_of(group_q, group_k, alive)
     rest = (q, k, v, state, states, groups, inclusive, feature_map, reduced)
     return d_q, d_k, d_v, fill_scan_backward(d_q, d_k, d_v, d_out, d_final, *rest)
