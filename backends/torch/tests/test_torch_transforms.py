@@ -355,7 +355,7 @@ def test_the_custom_operators_are_well_formed():
         torch.library.opcheck(scan.scan_forward, (*args, *groups, False, "softmax", False))
         torch.library.opcheck(scan.scan_backward, (d_out, final, *args, states, *groups, False, "softmax", False))
     for n, keep, own in ((9, True, True), (9, True, False), (9, False, True), (0, True, True)):
-        some = {"q": normal(2, n, 6, 4), "k": normal(2, 2, n, 4), "v": normal(2, 2, n, 5)}
+        some: dict[str, Any] = {"q": normal(2, n, 6, 4), "k": normal(2, 2, n, 4), "v": normal(2, 2, n, 5)}
         some |= {"key": some["k"][:, :, 3:] if own else None, "q_scale": normal(2, 4), "swa_weight": normal(2, 6, 5)}
         none: dict[str, Any] = dict.fromkeys(fused.Inputs._fields)
         attributes = (max(n - 3, 0), 3, 0.5, False, "relu", 1e-6, False)

@@ -192,7 +192,7 @@ def _attention(xp: Any, call: Call, t: dict[str, Array], vjp: bool) -> dict[str,
         )
         d_final = t.get("d_cache_state" if extend else "d_final_state")
         if d_final is not None:
-            d_fk3, d_v3, d_kept = br.final_state_vjp(xp, fk, v, reads.folded, reads.keeps, d_final, fq.shape[2])
+            d_fk3, d_v3, d_kept = br.final_state_vjp(xp, fk, v, reads.folded, reads.keeps, d_final, dims["Hq"] // N)
             d_fk, d_v2 = d_fk + d_fk3, d_v2 + d_v3
             d_state = None if d_state is None else d_state + d_kept
         d_q2, grads["d_q_scale"] = _feature_side(xp, attrs["feature_map"], q, t.get("q_scale"), d_fq)
