@@ -6,9 +6,10 @@ import importlib
 import importlib.util
 import inspect
 import re
+import runpy
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from rattention.spec import REQUIRED, load
@@ -54,13 +55,8 @@ def clause_sentences() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def load_tables() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("spec_tables", ROOT / "docs" / "spec_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_tables() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "spec_tables.py")))
 
 
 def index_prefixes() -> dict[str, str]:

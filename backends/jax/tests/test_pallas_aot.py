@@ -4,9 +4,11 @@ import importlib.util
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rattention.jax.pallas import calls, config
@@ -154,10 +156,6 @@ def test_the_targets_of_the_record() -> None:
 
 
 def test_the_page_shows_the_record() -> None:
-    spec = importlib.util.spec_from_file_location("tpu_schedule", ROOT / "benchmarks" / "tpu_schedule.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "tpu_schedule.py")))
     text = module.PAGE.read_text(encoding="utf-8")
     assert module.page(text, json.loads(module.RESULTS.read_text(encoding="utf-8"))) == text

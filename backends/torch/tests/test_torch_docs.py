@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -25,14 +25,10 @@ def test_the_guide_has_examples():
 
 
 def test_the_cpu_benchmark_runs_small(tmp_path):
-    spec = importlib.util.spec_from_file_location("cpu_benchmark", ROOT / "benchmarks/cpu.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "cpu.py"))
     threads = torch.get_num_threads()
     small = ["--tokens", "600", "--decode", "530", "--repetitions", "1", "--only", "torch", "--threads", str(threads)]
-    module.main([*small, "--out", str(tmp_path / "cpu.json")])
+    benchmark["main"]([*small, "--out", str(tmp_path / "cpu.json")])
     result = json.loads((tmp_path / "cpu.json").read_text())
     assert set(result["torch"]["ratios"]) == {
         "forward: over sdpa",
