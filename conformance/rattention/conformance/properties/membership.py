@@ -61,10 +61,17 @@ def _probes(plan: Plan, ops: tuple[str, ...]) -> Iterator[Recipe]:
             number = plan.count(smoke, quick, compiled=share) if smoke or plan.profile != "smoke" else 0
             if number:
                 for i, recipe in enumerate(recipes(plan, op, size, number, "membership", lambda r: True, Dv=16)):
-                    if size == "long" and i % 2 == 0 and plan.cost == "direct" and not extend:
-                        # A wide window leaves few queries to read what lies past a thousand tokens.
-                        recipe = recipe.with_(window=NARROW[i // 2 % len(NARROW)])
+                    if size in ("long", "vast") and plan.cost == "direct" and not extend:
+                        recipe = _far(recipe, size, i)
                     yield recipe.with_(fill=FILLS[i % 4]) if size == "deep" else recipe
+
+
+def _far(recipe: Recipe, size: str, i: int) -> Recipe:
+    """The long probes in turn: a narrow window, since a wide one leaves few queries to read what lies far behind it;
+    and a full window over one document, since packed ones are short."""
+    if size == "long" and i % 2 == 0:
+        return recipe.with_(window=NARROW[i // 2 % len(NARROW)])
+    return recipe.without("segments").with_(window=None, slots=0) if i % 4 == 1 else recipe
 
 
 def marked(recipe: Recipe, total: int, borders: tuple[int, ...]) -> np.ndarray:

@@ -153,10 +153,9 @@ WIDE = {"below 64": (24, 33, 40, 48), "up to 128": (64, 80, 96, 128), "above 128
 """Head dims of the size class "wide", in strata that every storage dtype meets."""
 
 
-def channels(plan: Plan, size: str, bag: Bag, dtype: str, *, even: bool) -> int:
-    """D for a size class."""
+def channels(plan: Plan, size: str, bag: Bag, stratum: str, *, even: bool) -> int:
+    """D for a size class, and in "wide" for a stratum of it."""
     if size == "wide":
-        stratum = bag.pick(f"D of {dtype}", [*WIDE, "declared"])
         declared = beside(plan.tiles.get("D", ()), 8, 257) or [64]
         levels = [d for d in WIDE.get(stratum, declared) if not (even and d % 2)]
         return bag.pick(f"D {stratum} even={even}", levels)
@@ -323,7 +322,10 @@ def _free_signature(
 ) -> Recipe:
     base = op.removesuffix(".vjp")
     extend = base == "rattention_extend"
-    options = [o for o in OPTIONS.get(base, ()) if bag.pick(f"option {o}", [True, False]) and plan.allows(o)]
+    chance = {o: [True, False] for o in OPTIONS.get(base, ())}
+    if size in ("long", "vast"):  # packed documents are shorter than what these sizes are for
+        chance |= {"segments": [True, False, False]} if "segments" in chance else {}
+    options = [o for o, levels in chance.items() if bag.pick(f"option {o}", levels) and plan.allows(o)]
     if op.endswith(".vjp"):
         options += [o for o in COTANGENTS.get(base, ()) if bag.pick(f"option {o}", [True, True, False])]
     if "rope" not in options and "positions" in options:
@@ -334,7 +336,13 @@ def _free_signature(
         options = list(fixed["options"])
     T = fixed.get("T", bag.pick("T", _extend_tokens(plan, size) if extend else tokens(plan, size)))
     dtype = bag.pick("dtype", plan.dtypes)
-    D = channels(plan, size, bag, dtype, even="rope" in options or base == "rope_table")
+    stratum = bag.pick(f"D of {dtype}", [*WIDE, "declared"]) if size == "wide" else ""
+    if stratum and "rope" in chance and plan.allows("rope") and "options" not in fixed:
+        # Few calls are wide: each stratum is met with tables and without.
+        turned = bag.pick(f"rope of {stratum}", [True, False])
+        options = [o for o in options if turned or o not in ("rope", "positions")]
+        options += ["rope"] if turned and "rope" not in options else []
+    D = channels(plan, size, bag, stratum, even="rope" in options or base == "rope_table")
     Hkv, G = bag.pick("heads", HEADS.get(size, HEADS["few"]) if plan.cost != "interpreted" else INTERPRETED_HEADS)
     if extend:
         window = bag.pick("window", _extend_windows(plan, size, rng))
