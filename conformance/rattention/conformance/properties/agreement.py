@@ -25,8 +25,8 @@ COUNTS = {
     "medium": ((1, 8), (3, 36)),
     "tile": ((0, 4), (0, 13)),
     "wide": ((0, 12), (1, 18)),
-    "span": ((0, 3), (0, 8)),
-    "long": ((0, 2), (0, 3)),
+    "span": ((0, 3), (0, 10)),
+    "long": ((0, 2), (0, 5)),
     "deep": ((0, 0), (0, 14)),
 }
 # The share of these that backends with costly programs get.

@@ -190,11 +190,14 @@ FAR_WINDOWS: dict[str, list[int | None]] = {
 """Windows of long sequences in strata that are met in turn; those of "whole" count from T."""
 
 
-def far_window(bag: Bag, T: int) -> int | None:
-    """A window for the size classes "span" and "long"."""
-    stratum = bag.pick("far stratum", ["none", "narrow", bag.pick("wide stratum", ["tile", "half", "whole"])])
+def far(bag: Bag, levels: Sequence[int]) -> tuple[int, int | None]:
+    """T and a window for the size classes "span" and "long"; T leaves tokens behind a window that is a size itself."""
+    stratum = bag.pick("far stratum", [*FAR_WINDOWS])
     window = bag.pick(f"far {stratum}", FAR_WINDOWS[stratum])
-    return window if window is None else T + window if stratum == "whole" else window
+    beyond = 40 if stratum in ("tile", "half") else 0
+    past = [n for n in levels if not beyond or n > (window or 0) + beyond] or levels
+    T = bag.pick(f"T of {len(past)}", past)
+    return T, T + window if stratum == "whole" and window is not None else window
 
 
 def windows(plan: Plan, T: int, size: str, draw: np.random.Generator) -> list[int | None]:
@@ -334,7 +337,8 @@ def _free_signature(
         options.append("far")
     if "options" in fixed:
         options = list(fixed["options"])
-    T = fixed.get("T", bag.pick("T", _extend_tokens(plan, size) if extend else tokens(plan, size)))
+    levels = [fixed["T"]] if "T" in fixed else _extend_tokens(plan, size) if extend else tokens(plan, size)
+    T, window = far(bag, levels) if size in ("long", "span") and not extend else (bag.pick("T", levels), None)
     dtype = bag.pick("dtype", plan.dtypes)
     stratum = bag.pick(f"D of {dtype}", [*WIDE, "declared"]) if size == "wide" else ""
     if stratum and "rope" in chance and plan.allows("rope") and "options" not in fixed:
@@ -346,13 +350,11 @@ def _free_signature(
     Hkv, G = bag.pick("heads", HEADS.get(size, HEADS["few"]) if plan.cost != "interpreted" else INTERPRETED_HEADS)
     if extend:
         window = bag.pick("window", _extend_windows(plan, size, rng))
-    elif size in ("long", "span"):
-        window = far_window(bag, T)
     elif size == "vast":
         window = bag.pick("window class", windows(plan, T, size, rng))
-    else:
-        levels = windows(plan, T, size, rng)
-        window = levels[bag.pick(f"window of {len(levels)}", range(len(levels)))]
+    elif size not in ("long", "span"):
+        widths = windows(plan, T, size, rng)
+        window = widths[bag.pick(f"window of {len(widths)}", range(len(widths)))]
     recipe = Recipe(
         op=op,
         dtype=dtype,
