@@ -229,8 +229,12 @@ class Space:
         return Bounded(self, x.value, x.var * n)
 
     def carried(self, x: Bounded, n: Any) -> Bounded:
-        """A recurrence starts from the carried state, so that each of n additions rounds at its size too."""
-        return Bounded(self, x.value, x.var + np.square(self.accumulation(n) * np.abs(_finite(x.value))))
+        """A recurrence starts from the carried state, so that each of n additions rounds at its size too.
+
+        At its whole size, unlike a sum that grows from zero; equal addends round alike, n times u at worst.
+        """
+        relative = self.u * (UNIFORM * np.sqrt(n) + np.asarray(n) / LAMBDA)
+        return Bounded(self, x.value, x.var + np.square(relative * np.abs(_finite(x.value))))
 
     def inner(self, a: Bounded, b: Bounded) -> Bounded:
         (x, vx, dx), (y, vy, dy) = self._operand(a), self._operand(b)
