@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 from rattention.conformance.mutants.port import Port, plant
@@ -133,6 +134,29 @@ class StateUpdatedInPlace(Port):
         state = tensors.get("cache_state")
         if op == "rattention_extend" and state is not None and state.flags.writeable:
             state[...] = outputs["cache_state"]
+        return outputs
+
+
+@plant("ERR-13", "contract", "rationale: attributes taken out of the caller's dict with pop")
+class AttributesPopped(Port):
+    """The default of `scale` is written into the caller's attributes, and `eps` taken out of them."""
+
+    def run(self, op, tensors: Any, attrs: Any):
+        outputs = super().run(op, tensors, attrs)
+        attrs.pop("eps", None)
+        if "scale" in attrs and attrs["scale"] is None:
+            attrs["scale"] = tensors["q"].shape[3] ** -0.5
+        return outputs
+
+
+@plant("ERR-13", "contract", "rationale: optional tensors filled in where they were absent")
+class TensorsFilledIn(Port):
+    """An absent initial state is added to the caller's tensors, as zeros."""
+
+    def run(self, op, tensors: Any, attrs: Any):
+        outputs = super().run(op, tensors, attrs)
+        if "final_state" in outputs and tensors.get("initial_state") is None:
+            tensors["initial_state"] = np.zeros_like(outputs["final_state"])
         return outputs
 
 

@@ -68,6 +68,15 @@ class Tf32Backward(Form):
         return to_tf32(x) if name == "d_out" and self.storage == "float32" else x
 
 
+@plant("SWA-2 NUM-2", "precision", "rationale: attributes that travel as 16-bit scalars, where common ones are exact")
+class ScaleInFloat16(Form):
+    """A given `scale` is rounded to float16."""
+
+    def make_scale(self):
+        scale = super().make_scale()
+        return scale if self.attrs.get("scale") is None else float(np.float16(scale))
+
+
 @plant("NUM-3 SWA-3", "one dtype", "TRAPS 5: accumulation in storage")
 class SoftmaxSumInBf16(Form):
     """In bfloat16 calls the softmax denominator is summed in bfloat16, two keys at a time."""

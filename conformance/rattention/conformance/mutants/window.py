@@ -217,6 +217,15 @@ class RaggedTailLosesState(Form):
         return mask & (np.arange(T)[:, None] < T // 64 * 64) if T > 128 and T % 64 else mask
 
 
+@plant("SWA-1 RAT-1", "past size", "TRAPS 11: windows of whole tiles")
+class WindowOfWholeTiles(Form):
+    """A window of 64, 128 or 256 tokens loses its oldest one, where there are tokens behind it."""
+
+    def near(self):
+        mask, w = super().near(), self.window
+        return mask & (self.plan.distance() < w) if w in (64, 128, 256) else mask
+
+
 def _past(size: int, name: str, doc: str, clauses: str, **methods) -> None:
     cls = type(name, (Form,), {"__doc__": doc, **methods})
     plant(clauses, "past size", f"rationale: suites whose sequences stay below {size} tokens")(cls)

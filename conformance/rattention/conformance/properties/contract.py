@@ -51,7 +51,7 @@ def check_bad(ctx: Context, case: Case) -> list[Violation]:
     if case.op not in (ctx.describe.get("operations") or ()):
         return []
     try:
-        ctx.backend.run(case.op, case.tensors, case.attrs)
+        ctx.call(case.op, case.tensors, case.attrs)
     except SpecError as error:
         if str(error) == want:
             return _untouched(case, before)
@@ -127,7 +127,7 @@ def check_describe(ctx: Context, case: Case) -> list[Violation]:
         got = ctx.run(case.op, case.tensors, case.attrs)
         return ctx.judge(case, got, ctx.bounds(case.op, case.tensors, case.attrs), ("BCK-3", "BCK-1"), record=False)
     try:
-        ctx.backend.run(case.op, case.tensors, case.attrs)
+        ctx.call(case.op, case.tensors, case.attrs)
     except Unsupported as refusal:
         if str(getattr(refusal, "reason", refusal)).strip():
             return []

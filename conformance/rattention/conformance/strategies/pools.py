@@ -183,18 +183,21 @@ def value_channels(size: str, bag: Bag, dtype: str, D: int) -> int:
 FAR_WINDOWS: dict[str, list[int | None]] = {
     "none": [None],
     "narrow": [0, 1, 3, 13, 17, 40, -1],
-    "tile": [63, 64, 65, 100, 127, 128, 129],
-    "half": [254, 255, 511, 512],
+    "tile": [64, 128],
+    "beside a tile": [63, 65, 100, 127, 129],
+    "half": [254, 255, 256, 512],
+    "paper": [511],
     "whole": [-6, -1, 0, 1],
 }
-"""Windows of long sequences in strata that are met in turn; those of "whole" count from T."""
+"""Windows of long sequences in strata that are met in turn: those of "whole" count from T, "paper" is the one that the
+paper trains with, 512 tokens with the query's own."""
 
 
 def far(bag: Bag, levels: Sequence[int]) -> tuple[int, int | None]:
     """T and a window for the size classes "span" and "long"; T leaves tokens behind a window that is a size itself."""
     stratum = bag.pick("far stratum", [*FAR_WINDOWS])
     window = bag.pick(f"far {stratum}", FAR_WINDOWS[stratum])
-    beyond = 40 if stratum in ("tile", "half") else 0
+    beyond = 0 if stratum in ("none", "narrow", "whole") else 40
     past = [n for n in levels if not beyond or n > (window or 0) + beyond] or levels
     T = bag.pick(f"T of {len(past)}", past)
     return T, T + window if stratum == "whole" and window is not None else window
@@ -316,6 +319,8 @@ ROWS = {
     "deep": (1, 2, 2, 3),
 }
 """B by size class."""
+SCALES = (0.3, 1.0, -0.7, 0.0, 2.0, 0.11)
+"""Of the attention scores. Most of them are rounded by float16 and bfloat16: a scale is not to pass through those."""
 SLOTS = {"long": (100,), "span": (0, 40, 130), "deep": (130, 600, 1100, 2060, 4200)}
 """Slots of a cache at window None, by size class."""
 
@@ -366,7 +371,7 @@ def _free_signature(
         Dv=value_channels(size, bag, dtype, D),
         window=window if window is None else max(window, -1),
         feature_map=bag.pick("feature_map", ["softmax", "relu", "identity"]),
-        scale=float(bag.pick("scale", [0.25, 1.0, -0.75, 0.0, 2.0, 0.5])) if "scale" in options else None,
+        scale=float(bag.pick("scale", SCALES)) if "scale" in options else None,
         eps=bag.pick("eps", [1e-6, 1e-6, 1e-2, 1e-5, 1.0]),
         options=tuple(o for o in options if o != "scale"),
         slots=0 if window is not None else bag.pick("slots", SLOTS.get(size, (0, 1, 4, 7))),
