@@ -11,7 +11,7 @@ from rattention.conformance.case import Case
 from rattention.conformance.judge import Violation, compare
 from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
-from rattention.conformance.strategies.pools import outside
+from rattention.conformance.strategies.plan import outside
 from rattention.spec import Result, SpecError, Unsupported, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")

@@ -11,7 +11,8 @@ from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Bounds
 from rattention.conformance.properties.base import default_make, register
 from rattention.conformance.strategies import Plan, Recipe
-from rattention.conformance.strategies.pools import recipes, supported
+from rattention.conformance.strategies.plan import supported
+from rattention.conformance.strategies.pools import recipes
 from rattention.spec import load
 
 PARTS = ("feature_map", "rms_mix", "rope_table")

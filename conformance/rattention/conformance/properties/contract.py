@@ -13,7 +13,8 @@ from rattention.conformance.features import exercised
 from rattention.conformance.judge import Violation
 from rattention.conformance.properties.base import register
 from rattention.conformance.strategies import Plan, Recipe, build
-from rattention.conformance.strategies.pools import DTYPES, OPTIONS, supported
+from rattention.conformance.strategies.plan import DTYPES, supported
+from rattention.conformance.strategies.pools import OPTIONS
 from rattention.spec import SpecError, Unsupported, load
 
 ERRORS = tuple(label for label in load().clauses if label.startswith("ERR") and label not in ("ERR-12", "ERR-13"))

@@ -12,7 +12,8 @@ from rattention.conformance.masks import reads
 from rattention.conformance.properties.base import default_make, register
 from rattention.conformance.properties.symmetry import BRANCHES, OPS, check_rows
 from rattention.conformance.strategies import Plan, Recipe, build
-from rattention.conformance.strategies.pools import recipes, supported
+from rattention.conformance.strategies.plan import supported
+from rattention.conformance.strategies.pools import recipes
 
 # ---------------------------------------------------------------------------------------------- reruns and strides
 
