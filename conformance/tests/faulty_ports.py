@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -155,6 +156,13 @@ def crashing(op: str, t: Tensors, a: Attrs) -> Any:
     return honest.run(op, t, a)
 
 
+def hanging(op: str, t: Tensors, a: Attrs) -> Any:
+    if op == "feature_map":
+        time.sleep(3600)
+    return honest.run(op, t, a)
+
+
 crash = Port(crashing)
+hang = Port(hanging)
 zero = Port(always_zero)
 honest_by_name = honest

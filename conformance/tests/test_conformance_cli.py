@@ -9,9 +9,13 @@ import pytest
 from rattention.conformance import vectors
 from rattention.conformance.cli import app
 from rattention.conformance.properties import REGISTRY, make_case
-from rattention.conformance.runner import Settings, plan_units
+from rattention.conformance.reporting.console import print_outcome
+from rattention.conformance.reporting.summary import summarise
+from rattention.conformance.runner import Settings, conform, plan_units
 from rattention.conformance.strategies import make_plan
+from rattention.conformance.workers import LOSSES
 from rattention.spec import load
+from rich.console import Console
 from typer.testing import CliRunner
 
 PORTS = Path(__file__).with_name("faulty_ports.py")
@@ -45,6 +49,19 @@ def test_a_backend_that_takes_the_process_down_is_reported(tmp_path, monkeypatch
     code, output = call("conform", f"{PORTS}:crash", "--profile", "smoke", "--select", "FM-2", "--seed", "3")
     assert code == 1
     assert "took its process down: the process died with exit code 3" in " ".join(output.split())
+
+
+def test_a_backend_that_hangs_is_given_up_and_what_was_left_out_is_said():
+    settings = Settings("smoke", 3, select="feature_map", workers=2, timeout=0.5)
+    outcome = conform(f"{PORTS}:hang", settings)
+    report = summarise(outcome)
+    assert not outcome.conforming
+    assert LOSSES <= report["cases"]["failed"] < LOSSES + settings.workers  # the others are still at theirs
+    assert report["cases"]["left_out"] == outcome.planned - len(outcome.results) > 0
+    assert "took its process down: no answer within" in outcome.failures[0].violations[0].message
+    console = Console(record=True, width=200)
+    print_outcome(console, report, None)
+    assert f"{outcome.left_out} cases were not run" in console.export_text()
 
 
 def test_all_opens_with_a_matrix_and_interpreted_backends_run_at_smoke(tmp_path, monkeypatch):

@@ -27,14 +27,17 @@ FEW = 4
 
 @dataclass(frozen=True)
 class Settings:
-    """What to run. `vectors` are files or folders of cases run beside the properties; `workers` 0 stays in process."""
+    """What to run. `vectors` are files or folders of cases run beside the properties; `workers` 0 stays in process.
+
+    `timeout`: seconds that a case may take in a worker process, before the worker counts as hung.
+    """
 
     profile: str = "quick"
     seed: int = 0
     select: str = ""
     vectors: tuple[str, ...] = ()
     workers: int = 0
-    timeout: float = 600.0
+    timeout: float = 300.0
     stop_at_first: bool = False
 
 
@@ -48,6 +51,12 @@ class Outcome:
     results: list[UnitResult] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
+    planned: int = 0
+
+    @property
+    def left_out(self) -> int:
+        """Cases that were not run: a backend that takes process after process down is not asked for all of them."""
+        return self.planned - len(self.results)
 
     @property
     def conforming(self) -> bool:
@@ -100,7 +109,7 @@ def conform(
     about = backends.describe(backend, target)
     plan = make_plan(settings.profile, settings.seed, about, settings.vectors)
     units = plan_units(plan, settings)
-    outcome = Outcome(target, about, settings)
+    outcome = Outcome(target, about, settings, planned=len(units))
     if local or settings.workers <= 0:
         session = Session(backend, about, plan, settings.select, oracle)
         _in_process(session, units, outcome, settings, progress)

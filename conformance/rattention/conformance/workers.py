@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 LOSSES = 10
 """Workers lost before the rest of the run is left out: a backend that takes every process down is known by then."""
+HURRIED = 60.0
+"""Each case that hangs halves the time that the next may take, down to this many seconds."""
 START_LIMIT = 300.0
 """Seconds a worker may take to load its backend."""
 
@@ -79,6 +81,7 @@ class Pool:
         self.target, self.plan, self.settings = target, plan, settings
         self.workers = [self._start() for _ in range(settings.workers)]
         self.losses = 0
+        self.limit = settings.timeout
 
     def __enter__(self) -> Pool:
         return self
@@ -137,8 +140,9 @@ class Pool:
                     worker.queue.extend(chunk)
                     worker.since = time.monotonic()
                     worker.pipe.send((what, chunk))
-                limit = self.settings.timeout if worker.ready else START_LIMIT
+                limit = self.limit if worker.ready else START_LIMIT
                 if (worker.queue or not worker.ready) and time.monotonic() - worker.since > limit:
+                    self.limit = max(self.limit / 2, min(HURRIED, self.limit))
                     self._replace(i, f"no answer within {limit:.0f} s", chunks, take, lost)
             for pipe in wait([w.pipe for w in self.workers], timeout=1.0):
                 i = next(n for n, w in enumerate(self.workers) if w.pipe is pipe)

@@ -38,8 +38,10 @@ def print_outcome(console: Console, report: dict[str, Any], folder: Path | None)
         _failure(console, report, failure, folder)
     more = len(report["failures"]) - SHOWN
     if more > 0:
-        console.print(f"[dim]and {more} more failures in the report[/]")
+        console.print(f"[dim]and {more} more failure{'s' if more > 1 else ''} in the report[/]")
     c = report["cases"]
+    if c["left_out"]:
+        console.print(f"[bold red]{c['left_out']} cases were not run[/]: the run was given up after these failures")
     verdict = "[bold green]CONFORMING[/]" if report["conforming"] else "[bold red]NOT CONFORMING[/]"
     console.print(
         f"{verdict}  {escape(report['backend'])}  {c['passed']} passed, {c['failed']} failed, "

@@ -37,6 +37,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
             "passed": counts["pass"],
             "failed": counts["fail"],
             "unsupported": counts["unsupported"],
+            "left_out": outcome.left_out,
             "calls": sum(r.calls for r in outcome.results),
         },
         "matrix": matrix(outcome),
