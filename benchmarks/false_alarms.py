@@ -59,7 +59,9 @@ def main() -> int:
     if options.append and options.output.exists():
         told = json.loads(options.output.read_text(encoding="utf-8"))["runs"]
     context = multiprocessing.get_context("spawn")  # a framework's threads do not survive a fork
-    with ProcessPoolExecutor(options.workers, context) as pool:
+    from rattention.conformance.workers import end_with_parent
+
+    with ProcessPoolExecutor(options.workers, context, end_with_parent) as pool:
         waiting = [pool.submit(one_seed, options.backends, options.profile, seed) for seed in seeds]
         for done in as_completed(waiting):
             told += done.result()

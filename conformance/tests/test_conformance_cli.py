@@ -1,6 +1,8 @@
 """The command line: exit codes, replay, reports, seeds."""
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -62,6 +64,25 @@ def test_a_backend_that_hangs_is_given_up_and_what_was_left_out_is_said():
     console = Console(record=True, width=200)
     print_outcome(console, report, None)
     assert f"{outcome.left_out} cases were not run" in console.export_text()
+
+
+def test_workers_end_with_the_run_that_started_them(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from rattention.conformance.workers import end_with_parent\n"
+        "def work():\n"
+        "    end_with_parent()\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(3600)\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('spawn').Process(target=work).start()\n"
+    )
+    run = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"up\n"
+    run.kill()
+    assert run.communicate(timeout=60) == (b"", None)  # the end of the pipe: nobody holds it any more
 
 
 def test_all_opens_with_a_matrix_and_interpreted_backends_run_at_smoke(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -26,8 +28,22 @@ START_LIMIT = 300.0
 """Seconds a worker may take to load its backend."""
 
 
+def end_with_parent() -> None:
+    """Called in a worker: it ends when the process that started it was killed, whatever it is at."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end with parent").start()
+
+
 def serve(pipe: Connection, target: str, plan: Plan, select: str) -> None:
     """The life of a worker: load, then answer ("run" | "minimise", units) with one message per unit."""
+    end_with_parent()
     backend = backends.resolve(target)
     session = Session(backend, backends.describe(backend, target), plan, select)
     pipe.send(("ready", None))

@@ -19,6 +19,7 @@ from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.runner import Settings, plan_units
 from rattention.conformance.session import Session, Unit
 from rattention.conformance.strategies import make_plan
+from rattention.conformance.workers import end_with_parent
 
 KEPT_CASE = 2**19
 """Bytes up to which a case stays in memory; larger ones are built again."""
@@ -178,6 +179,7 @@ _DECK: Deck | None = None
 
 def _start(profile: str, seed: int) -> None:
     global _DECK
+    end_with_parent()
     _DECK = Deck(profile, seed)
 
 
