@@ -178,7 +178,8 @@ def _draw_empty(plan: Plan) -> Iterator[Recipe]:
     for n, op in enumerate(supported(plan)):
         for i, (B, T) in enumerate(((2, 0), (0, 3), (0, 0))):
             dtype = plan.dtypes[(n + i) % len(plan.dtypes)]
-            if i and (plan.profile == "smoke" or plan.cost != "direct"):
+            # Each is a program of its own where programs are compiled.
+            if i > {"direct": 2, "compiled": 1, "interpreted": 0}[plan.cost] or (i and plan.profile == "smoke"):
                 continue
             for k, options in enumerate(_option_sets(op)):
                 if k and plan.cost != "direct":

@@ -26,7 +26,7 @@ SIZES = {
     "tile": (1, 6, 0.34),
     "span": (0, 5, 0.2),
     "long": (0, 4, 0.5),
-    "vast": (0, 2, 0.5),
+    "vast": (0, 2, 1.0),
     "deep": (0, 12, 0.2),
 }
 """Cases of smoke and quick by size class, and the share of them that backends with costly programs get."""

@@ -18,13 +18,13 @@ from rattention.conformance.strategies.sizes import (
     INTERPRETED_HEADS,
     ROWS,
     SCALES,
-    SLOTS,
     WIDE,
     Bag,
     channels,
     extend_tokens,
     extend_windows,
     far,
+    slots,
     tokens,
     value_channels,
     windows,
@@ -43,7 +43,7 @@ COTANGENTS = {
     "rattention_extend": ("d_cache_k", "d_cache_v", "d_cache_state"),
 }
 
-POOL = {"small": 8, "medium": 2, "tile": 1, "wide": 1, "span": 1, "long": 1, "deep": 1, "vast": 1}
+POOL = {"small": 8, "medium": 2, "tile": 2, "wide": 2, "span": 1, "long": 1, "deep": 2, "vast": 2}
 """Signatures of each operation and size class, where every new one costs the compilation of a program."""
 SETS = 4
 """Sets of values drawn for each signature of the pool."""
@@ -105,7 +105,8 @@ def _free_signature(
     extend = base == "rattention_extend"
     chance = {o: [True, False] for o in OPTIONS.get(base, ())}
     if size in ("long", "vast"):  # packed documents are shorter than what these sizes are for
-        chance |= {"segments": [True, False, False]} if "segments" in chance else {}
+        packed = [True, False, False] if size == "long" or plan.cost == "direct" else [False]
+        chance |= {"segments": packed} if "segments" in chance else {}
     options = [o for o, levels in chance.items() if bag.pick(f"option {o}", levels) and plan.allows(o)]
     if op.endswith(".vjp"):
         options += [o for o in COTANGENTS.get(base, ()) if bag.pick(f"option {o}", [True, True, False])]
@@ -116,8 +117,13 @@ def _free_signature(
     if "options" in fixed:
         options = list(fixed["options"])
     levels = [fixed["T"]] if "T" in fixed else extend_tokens(plan, size) if extend else tokens(plan, size)
-    T, window = far(bag, levels) if size in ("long", "span") and not extend else (bag.pick("T", levels), None)
+    if size in ("long", "span") and not extend:
+        T, window = far(plan, size, bag, levels)
+    else:
+        T, window = bag.pick("T", levels), None
     dtype = bag.pick("dtype", plan.dtypes)
+    if size == "span" and plan.cost != "direct" and "float32" in plan.dtypes:
+        dtype = "float32"  # of the one signature there is: where little is rounded, little is hidden
     stratum = bag.pick(f"D of {dtype}", [*WIDE, "declared"]) if size == "wide" else ""
     if stratum and "rope" in chance and plan.allows("rope") and "options" not in fixed:
         # Few calls are wide: each stratum is met with tables and without.
@@ -141,13 +147,13 @@ def _free_signature(
         Hkv=Hkv,
         G=G,
         D=D,
-        Dv=value_channels(size, bag, dtype, D),
+        Dv=value_channels(plan, size, bag, dtype, D),
         window=window if window is None else max(window, -1),
         feature_map=bag.pick("feature_map", ["softmax", "relu", "identity"]),
         scale=float(bag.pick("scale", SCALES)) if "scale" in options else None,
         eps=bag.pick("eps", [1e-6, 1e-6, 1e-2, 1e-5, 1.0]),
         options=tuple(o for o in options if o != "scale"),
-        slots=0 if window is not None else bag.pick("slots", SLOTS.get(size, (0, 1, 4, 7))),
+        slots=0 if window is not None else bag.pick("slots", slots(plan, size)),
         weights=bag.pick("weights", ["float32", "storage", "mixed"]),
     )
     return recipe.with_(**{k: v for k, v in fixed.items() if k != "T"})

@@ -71,8 +71,10 @@ def channels(plan: Plan, size: str, bag: Bag, stratum: str, *, even: bool) -> in
     return bag.pick(f"D even={even}", [d for d in levels if d % 2 == 0] if even else levels)
 
 
-def value_channels(size: str, bag: Bag, dtype: str, D: int) -> int:
+def value_channels(plan: Plan, size: str, bag: Bag, dtype: str, D: int) -> int:
     """Dv for a size class: as D, below it and above it."""
+    if size in ("span", "long", "deep", "vast") and plan.cost != "direct":
+        return 16  # room for a marked token at each power of two (see the membership probes)
     if size == "wide":
         stratum = bag.pick(f"Dv of {dtype}", ["D", "small", "middle", "large"])
         small, middle, large = [3, 16, 40], [65, 96, 128], [130, 160, 200, 256]
@@ -93,10 +95,22 @@ FAR_WINDOWS: dict[str, list[int | None]] = {
 paper trains with, 512 tokens with the query's own."""
 
 
-def far(bag: Bag, levels: Sequence[int]) -> tuple[int, int | None]:
+COSTLY_WINDOWS: dict[str, dict[str, list[int | None]]] = {
+    "compiled": {"span": [511], "long": [13, 17, 40]},
+    "interpreted": {"span": [64, 128], "long": [13, 17, 40]},
+}
+"""The far windows where each signature costs a program and there is one: tokens behind a long window, tokens far behind
+a narrow one."""
+
+
+def far(plan: Plan, size: str, bag: Bag, levels: Sequence[int]) -> tuple[int, int | None]:
     """T and a window for the size classes "span" and "long"; T leaves tokens behind a window that is a size itself."""
-    stratum = bag.pick("far stratum", [*FAR_WINDOWS])
-    window = bag.pick(f"far {stratum}", FAR_WINDOWS[stratum])
+    if plan.cost == "direct":
+        stratum = bag.pick("far stratum", [*FAR_WINDOWS])
+        window = bag.pick(f"far {stratum}", FAR_WINDOWS[stratum])
+    else:
+        stratum = "costly"
+        window = bag.pick("far window", COSTLY_WINDOWS[plan.cost][size])
     beyond = 0 if stratum in ("none", "narrow", "whole") else 40
     past = [n for n in levels if not beyond or n > (window or 0) + beyond] or levels
     T = bag.pick(f"T of {len(past)}", past)
@@ -108,7 +122,12 @@ def windows(plan: Plan, T: int, size: str, draw: np.random.Generator) -> list[in
     inside = [int(draw.integers(1, max(T - 1, 2))), int(draw.integers(1, max(T // 2, 2))), max(T // 3, 1)]
     levels: list[int | None] = [-1, 0, 1, 2, *inside, *inside, max(T - 2, 0), T - 1, T, T + 1, None]
     if size == "vast":
-        return [None, 2049, 2055, T - 3, 1500]
+        return [None, 2049, 2055, T - 3, 1500] if plan.cost == "direct" else [None, 2055]
+    if size == "small" and plan.cost != "direct":
+        # As many as the pool has signatures, so that each operation meets each.
+        return [-1, 0, 1, inside[0], max(T // 3, 1), max(T - 2, 0), T, None]
+    if size == "wide" and plan.cost != "direct":
+        return [0, 1]
     if size == "tile":
         sizes = plan.tiles.get("window") or plan.token_tiles() or (16, 32, 64)
         levels = [*beside(sizes, 0, max(T, 1)), *inside, -1, 0, None]
@@ -132,8 +151,10 @@ def extend_tokens(plan: Plan, size: str) -> list[int]:
 def extend_windows(plan: Plan, size: str, rng: np.random.Generator) -> list[int | None]:
     w = int(rng.integers(1, 8))
     slow = plan.cost == "interpreted"
+    if plan.cost == "compiled" and size == "deep":
+        return [None, 512]
     return {
-        "small": [-1, 0, 1, 2, 3, w, w, 6, 9, None],
+        "small": [-1, 0, 1, 2, 3, w, w, 6, 9, None] if plan.cost == "direct" else [-1, 0, 1, 2, w, 6, 9, None],
         "medium": [-1, 0, 1, w, 11, 16, 17, 40, None],
         "tile": [*beside(plan.tiles.get("window") or (16, 32, 64), 1, 70), None],
         "wide": [-1, 0, 2, w, None],
@@ -171,3 +192,9 @@ SCALES = (0.3, 1.0, -0.7, 0.0, 2.0, 0.11)
 """Of the attention scores. Most of them are rounded by float16 and bfloat16: a scale is not to pass through those."""
 SLOTS = {"long": (100,), "span": (0, 40, 130), "deep": (130, 600, 1100, 2060, 4200)}
 """Slots of a cache at window None, by size class."""
+
+
+def slots(plan: Plan, size: str) -> tuple[int, ...]:
+    """Slots of a cache at window None: the most that there are where few programs are compiled."""
+    levels = SLOTS.get(size, (0, 1, 4, 7))
+    return levels if plan.cost != "compiled" or size != "deep" else levels[-1:]
