@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from provenance import commit
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / p) for p in ("spec", "backends/torch")]
@@ -91,11 +92,6 @@ def launches(kind: str, D: int, dtype: torch.dtype, variants: bool = False) -> I
             step(ring, *new, **weights, **table, **scales, window=window)
     for x in found:
         yield "default", x
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def faults(binary: Binary, D: int, dtype: str, variant: str) -> list[str]:

@@ -19,12 +19,12 @@ import os
 import platform
 import secrets
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from provenance import commit, versions
 
 if TYPE_CHECKING:
     from rattention.conformance.oracle import Oracle
@@ -140,7 +140,7 @@ def write(runs: list[dict[str, Any]], path: Path) -> None:
         )
     summary = {
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": versions("numpy", "ml_dtypes", "torch", "jax", "jaxlib"),
         "cpus": os.cpu_count(),
         "summary": table,
         "runs": runs,
@@ -149,24 +149,6 @@ def write(runs: list[dict[str, Any]], path: Path) -> None:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that the backends stand on."""
-    found = {}
-    for name in ("numpy", "ml_dtypes", "torch", "jax", "jaxlib"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str:
-    """The commit of the checkout, marked where files differ from it; "" outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

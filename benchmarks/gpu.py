@@ -37,6 +37,7 @@ import triton
 from gpu_counts import least
 from gpu_plot import plot
 from gpu_rivals import compositions, flex, full_causal
+from provenance import commit
 from rattention.torch.eager.operations import EAGER
 from rattention.torch.triton import Ring, operations, step
 from rattention.torch.triton.config import config_for, device_kind
@@ -226,11 +227,6 @@ def warm_all(quick: bool, seconds: float) -> float:
         process.kill()
         process.wait()
     return time.monotonic() - began
-
-
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def targets(report: dict[str, Any]) -> dict[str, Any]:

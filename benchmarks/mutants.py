@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from provenance import commit, versions
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 PATHS = [str(ROOT / p) for p in ("spec", "backends/numpy", "backends/torch", "backends/jax", "conformance")]
@@ -84,6 +86,8 @@ def summarise(profile: str, seeds: list[int], told: list[dict[str, Any]]) -> dic
             }
         )
     return {
+        "commit": commit(),
+        "versions": versions("numpy", "ml_dtypes"),
         "profile": profile,
         "seeds": seeds,
         "mutants": len(rows),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from provenance import commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sharpness.json"
@@ -36,8 +37,8 @@ def caught(got: np.ndarray, value: np.ndarray, budget: np.ndarray, where: Any) -
     for power in POWERS:
         wrong = got.astype(np.float64)
         wrong[where] *= 1 + 2.0**power
-        stored = wrong.astype(np.float32).astype(got.dtype).astype(np.float64)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
+            stored = wrong.astype(np.float32).astype(got.dtype).astype(np.float64)
             found.append(bool((np.abs(stored - value)[where] > budget[where]).any()))
     return found
 
@@ -92,7 +93,13 @@ def main() -> int:
         cell = table.setdefault(op, {}).setdefault(name, {}).setdefault(dtype, {})
         cell[fault] = None if first is None else 2.0 ** POWERS[first]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    told = {"profile": "quick", "seeds": seeds, "smallest": table}
+    told = {
+        "commit": commit(),
+        "versions": versions("numpy", "ml_dtypes"),
+        "profile": "quick",
+        "seeds": seeds,
+        "smallest": table,
+    }
     options.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import runpy
 from pathlib import Path
-from types import SimpleNamespace
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load(name: str) -> SimpleNamespace:
-    return SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py")))
+@pytest.fixture
+def load(monkeypatch):
+    """Scripts of benchmarks/ as modules."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
 
 
-def test_the_pages_show_the_stored_results():
+def test_the_pages_show_the_stored_results(load):
     assert load("tables").main(["--check"]) == 0
 
 
-def test_tables_are_made_of_results(tmp_path):
+def test_tables_are_made_of_results(load, tmp_path):
     tables, alarms = load("tables"), load("false_alarms")
     run = {
         "backend": "numpy",
