@@ -26,7 +26,8 @@ app = typer.Typer(
 )
 vectors_app = typer.Typer(no_args_is_help=True, help="Cases on disk.")
 app.add_typer(vectors_app, name="vectors")
-console = Console(highlight=False)
+# Rich takes 80 columns where it sees no terminal, too few for the tables in a log.
+console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 class Profile(StrEnum):
@@ -168,7 +169,7 @@ def _all(settings: Any, report: Path | None) -> int:
         console.print(f"report: {reporting.write_overview(summaries, absent, report)}", soft_wrap=True)
     table = Table(title="All backends", title_justify="left")
     for column in ("backend", "profile", "verdict", "passed", "failed", "unsupported", "largest share", "seconds"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in ("backend", "verdict"))
     for s in summaries:
         verdict = "[green]conforming[/]" if s["conforming"] else "[bold red]not conforming[/]"
         c = s["cases"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 STYLE = {"pass": "green", "FAIL": "bold red", "unsupported": "yellow", "untested": "dim"}
+SHORT = {"unsupported": "-", "untested": "."}
+"""How the matrix over several backends spells what takes too much room in a terminal of 80 columns."""
+WIDE = 100
+"""Columns of a terminal that has room for a matrix with lines."""
 SHOWN = 8
 """Failures printed in full; the others are in the report."""
 
@@ -52,29 +57,35 @@ def print_outcome(console: Console, report: dict[str, Any], folder: Path | None)
 def print_matrices(console: Console, reports: list[dict[str, Any]]) -> None:
     """Operation x backend over several reports: pass where every dtype that was tested passed."""
     table = Table(title="operation x backend", title_justify="left")
-    table.add_column("group")
-    table.add_column("operation")
+    if console.width < WIDE:  # no lines, so that names stay whole in a terminal of 80 columns
+        table.box, table.padding = None, (0, 1, 0, 0)
+    table.add_column("operation", no_wrap=True)
     for report in reports:
-        table.add_column(escape(report["backend"]))
-    last = ""
-    for op, about in load().operations.items():
+        table.add_column(escape(report["backend"].replace("-", "-\n")), overflow="fold")
+    notes: dict[str, str] = {}
+    for op in load().operations:
         cells = []
         for report in reports:
             row = report["matrix"][op]
-            failed = [dtype for dtype, status in row.items() if status == "FAIL"]
-            passed = [dtype for dtype, status in row.items() if status == "pass"]
-            status = "FAIL" if failed else "pass" if passed else next(iter(row.values()))
-            some = failed if failed and len(failed) < len(row) else passed if 0 < len(passed) < len(row) else []
-            cells.append(f"[{STYLE[status]}]{status}[/]" + (f" ({', '.join(some)})" if some else ""))
-        table.add_row("" if about.group == last else about.group, op, *cells)
-        last = about.group
+            told = Counter(row.values())
+            status = next((s for s in ("FAIL", "pass") if told[s]), next(iter(row.values())))
+            some = status in ("FAIL", "pass") and told[status] < len(row)
+            text = SHORT.get(status, status) + "*" * some
+            if status in SHORT:
+                notes[SHORT[status]] = status
+            if some:
+                notes["*"] = "some dtypes only, the backend's own report says which"
+            cells.append(f"[{STYLE[status]}]{text}[/]")
+        table.add_row(op, *cells)
     console.print(table)
+    if notes:
+        console.print(f"[dim]{'; '.join(f'{sign} {text}' for sign, text in sorted(notes.items()))}[/]")
 
 
 def _matrix(report: dict[str, Any]) -> Table:
     table = Table(title=escape(f"{report['backend']}: operation x dtype"), title_justify="left")
     table.add_column("group")
-    table.add_column("operation")
+    table.add_column("operation", no_wrap=True)
     for dtype in load().storage_dtypes:
         table.add_column(dtype)
     last = ""
@@ -88,7 +99,7 @@ def _matrix(report: dict[str, Any]) -> Table:
 
 def _budget(report: dict[str, Any]) -> Table:
     table = Table(title="Largest share of the error budget", title_justify="left")
-    table.add_column("operation")
+    table.add_column("operation", no_wrap=True)
     dtypes = load().storage_dtypes
     for dtype in dtypes:
         table.add_column(dtype, justify="right")
