@@ -41,17 +41,20 @@ def main() -> int:
     from rattention.conformance.mutants.runner import Death, run_mutants
 
     told: list[dict[str, Any]] = []
+    commits: dict[str, str] = {}
     if options.append and options.output.exists():
-        told = json.loads(options.output.read_text(encoding="utf-8"))["deaths"]
+        before = json.loads(options.output.read_text(encoding="utf-8"))
+        told, commits = before["deaths"], before["commits"]
     seeds = list(dict.fromkeys(death["seed"] for death in told))
     for _ in range(options.seeds):
         seed = secrets.randbelow(2**31)
         found: list[Death] = run_mutants(options.profile, seed, workers=options.workers)
         told += [{"seed": seed, "mutant": d.mutant, "test": d.test, "cases": d.cases} for d in found]
         seeds.append(seed)
+        commits[str(seed)] = commit()
         survivors = [d.mutant for d in found if not d.killed]
         print(f"seed {seed}: {len(found) - len(survivors)} of {len(found)} killed {' '.join(survivors)}", flush=True)
-        summary = summarise(options.profile, seeds, told)
+        summary = summarise(options.profile, seeds, told, commits)
         write(summary, options.output)
     if not seeds:
         return 0
@@ -60,7 +63,7 @@ def main() -> int:
     return 1 if weak else 0
 
 
-def summarise(profile: str, seeds: list[int], told: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(profile: str, seeds: list[int], told: list[dict[str, Any]], commits: dict[str, str]) -> dict[str, Any]:
     """Per mutant of the catalogue what all seeds add up to; mutants that left the catalogue are left out."""
     from rattention.conformance.mutants import CATALOGUE
 
@@ -86,7 +89,7 @@ def summarise(profile: str, seeds: list[int], told: list[dict[str, Any]]) -> dic
             }
         )
     return {
-        "commit": commit(),
+        "commits": commits,
         "versions": versions("numpy", "ml_dtypes"),
         "profile": profile,
         "seeds": seeds,

@@ -10,9 +10,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def commit() -> str:
-    """The commit of the checkout, marked where tracked files differ from it; "unknown" outside a checkout."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """The commit of the checkout, marked where tracked files differ from it; "unknown" outside a checkout.
+
+    Results do not count: a long run rewrites its own while it goes on.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False).stdout
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return (git("rev-parse", "--short=12", "HEAD").strip() or "unknown") + "-dirty" * bool(changed)
 
 
 def versions(*names: str) -> dict[str, str]:

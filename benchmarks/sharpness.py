@@ -100,7 +100,9 @@ def main() -> int:
         "seeds": seeds,
         "smallest": table,
     }
-    options.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    part = options.output.with_suffix(".part")
+    part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    part.replace(options.output)
     return 0
 
 
