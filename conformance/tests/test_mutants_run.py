@@ -101,7 +101,7 @@ def test_a_survivor_fails(monkeypatch):
 
 def test_both_ways_rule():
     """A clause without a killed mutant is a hole, and so is one without a passing run."""
-    clauses = list(load().clauses)
+    clauses = list(load().judged)
     deaths = [
         Death(m.id, "agreement", "rattention", m.clauses, 1)
         for m in CATALOGUE.values()

@@ -92,6 +92,13 @@ class Spec:
     clauses: dict[str, str]
     bad_inputs: tuple[BadInput, ...]
     capabilities: dict[str, tuple[str, ...]]
+    library: tuple[str, ...]
+    """Clauses about the public functions of a library, which calls of `run` cannot show."""
+
+    @functools.cached_property
+    def judged(self) -> dict[str, str]:
+        """The clauses that a conformance suite judges a backend by: all but those of `library`."""
+        return {label: text for label, text in self.clauses.items() if label not in self.library}
 
     def needs(self, given: Iterable[str]) -> set[str]:
         """Names of the capabilities that a call with the tensors `given` calls on (BCK-1)."""
@@ -120,7 +127,9 @@ def load() -> Spec:
             operations[f"{name}.vjp"] = vjp_of(op)
     bad: tuple[BadInput, ...] = tuple(_bad_input(b) for b in raw["bad_inputs"])
     capabilities = {name: tuple(entry["tensors"]) for name, entry in raw["capabilities"].items()}
-    return Spec(raw["spec_version"], tuple(raw["storage_dtypes"]), operations, dict(raw["clauses"]), bad, capabilities)
+    library = tuple(raw["library"]["clauses"])
+    storage = tuple(raw["storage_dtypes"])
+    return Spec(raw["spec_version"], storage, operations, dict(raw["clauses"]), bad, capabilities, library)
 
 
 def vjp_of(op: Operation) -> Operation:

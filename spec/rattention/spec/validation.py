@@ -1,7 +1,7 @@
 """One validation for every backend, driven by operations.toml, so that all refuse with the same text (BCK-5).
 
-Order of the checks: tensor names, attributes, ranks, dtypes, shapes, constraints between tensors, constraints on
-values. The first that fails is reported.
+Order of the checks: tensor names, what is no array, attributes, devices, ranks, dtypes, shapes, constraints between
+tensors, constraints on values. The first that fails is reported.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +59,8 @@ def validate(
     *,
     host: Mapping[str, Any] | None = None,
     extra_dtypes: tuple[str, ...] = (),
+    array: tuple[str, type | tuple[type, ...]] | None = None,
+    devices: Mapping[str, str] | None = None,
 ) -> Call:
     """Check one call and return it with defaults filled in and dimensions named.
 
@@ -67,6 +71,9 @@ def validate(
         host: integer tensors as NumPy arrays, for the checks that need values (ERR-8 .. ERR-11); without it only
             shapes, dtypes and attributes are checked.
         extra_dtypes: storage dtypes accepted beyond the specification's, say float64 for a gradient check.
+        array: what a library takes as a tensor, in words and as types, such as `("a torch.Tensor", torch.Tensor)`
+            (ERR-14). Without it anything with a shape and a dtype is one. A NumPy masked array never is.
+        devices: where each tensor lives, by the library's own name for the place (ERR-15).
 
     Raises:
         SpecError: the first broken constraint.
@@ -77,7 +84,10 @@ def validate(
         raise SpecError(operation, "operation", f"one of {known}", repr(operation), "ERR-1")
     given = {name: t for name, t in tensors.items() if t is not None}
     _names(op, given)
+    _arrays(op, given, array)
     attrs = _attributes(op, attributes)
+    if devices:
+        _devices(op, given, devices)
     for spec, t in _pairs(op, given):
         if len(t.shape) != len(spec.shape):
             raise SpecError(
@@ -112,6 +122,34 @@ def _names(op: Operation, given: Mapping[str, Any]) -> None:
     for t in op.tensors:
         if not t.optional and t.name not in given:
             raise SpecError(op.name, t.name, f"a tensor {_brackets(t.shape)}", "none", "ERR-1")
+
+
+def _arrays(op: Operation, given: Mapping[str, Any], array: tuple[str, type | tuple[type, ...]] | None) -> None:
+    words, types = array or ("an array", object)
+    for name, t in given.items():
+        plain = hasattr(t, "shape") and hasattr(t, "dtype") and not _masked(t)
+        if not plain or not isinstance(t, types):
+            raise SpecError(op.name, name, words, f"{type(t).__module__}.{type(t).__qualname__}", "ERR-14")
+
+
+def _masked(t: Any) -> bool:
+    """Whether this is an array of `numpy.ma`, looked up by name: whoever has no NumPy array has no masked one."""
+    ma = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(t, ma.MaskedArray)
+
+
+def _devices(op: Operation, given: Mapping[str, Any], devices: Mapping[str, str]) -> None:
+    """Name the first tensor that is not where most tensors of the call are."""
+    places = [(spec.name, devices[spec.name]) for spec, _ in _pairs(op, given) if spec.name in devices]
+    count = Counter(place for _, place in places)
+    if len(count) < 2:
+        return
+    # The place where most tensors are; among equals the one that the call names first.
+    most = max(count.values())
+    home = next(place for _, place in places if count[place] == most)
+    owner = next(name for name, place in places if place == home)
+    odd, place = next((name, place) for name, place in places if place != home)
+    raise SpecError(op.name, odd, f"device {home}, that of {owner}", place, "ERR-15")
 
 
 def _attributes(op: Operation, attributes: Mapping[str, Any]) -> dict[str, Any]:

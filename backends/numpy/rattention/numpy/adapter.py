@@ -34,8 +34,9 @@ class NumpyBackend:
         Raises:
             SpecError: the call is invalid; float64 tensors are (ERR-4).
         """
+        host = {n: tensors[n] for n in INTEGERS if tensors.get(n) is not None}
+        call = validate(op, tensors, attrs, host=host, array=("a numpy.ndarray", np.ndarray))
         given = {name: np.asarray(x) for name, x in tensors.items() if x is not None}
-        call = validate(op, given, attrs, host={n: given[n] for n in INTEGERS if n in given})
         dtypes = call.output_dtypes({name: dtype_name(x) for name, x in given.items()})
         values = recurrent.run(op, given, attrs)
         return Result({n: round_once(x, dtypes[n]) for n, x in values.items()}, path="recurrent", kernels=[])

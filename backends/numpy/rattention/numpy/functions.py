@@ -74,9 +74,9 @@ class Cache:
 
 
 def _call(op: str, tensors: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    given = {name: np.asarray(x) for name, x in tensors.items() if x is not None}
-    host = {n: given[n] for n in INTEGERS if n in given}
-    call = validate(op, given, attrs, host=host, extra_dtypes=("float64",))
+    host = {n: tensors[n] for n in INTEGERS if tensors.get(n) is not None}
+    call = validate(op, tensors, attrs, host=host, extra_dtypes=("float64",), array=("a numpy.ndarray", np.ndarray))
+    given = {name: np.asarray(x) for name, x in tensors.items() if x is not None}  # subclasses compute otherwise
     dtypes = call.output_dtypes({name: dtype_name(x) for name, x in given.items()})
     if call.storage == "float64":
         dtypes = {n: d if d not in DTYPES else "float64" for n, d in dtypes.items()}

@@ -62,7 +62,7 @@ def passing(profile: str, seed: int, report: Path | None = None) -> dict[str, Co
 def clause_rows(deaths: Sequence[Death], passes: Mapping[str, Counter[str]]) -> list[Row]:
     """One row per clause of the specification, in its order."""
     rows = []
-    for clause in load().clauses:
+    for clause in load().judged:
         killed = tuple(
             d.mutant for d in deaths if d.killed and clause in CATALOGUE[d.mutant].clauses and clause in d.clauses
         )

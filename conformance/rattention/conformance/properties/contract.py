@@ -17,7 +17,7 @@ from rattention.conformance.strategies.plan import DTYPES, supported
 from rattention.conformance.strategies.pools import OPTIONS
 from rattention.spec import SpecError, Unsupported, load
 
-ERRORS = tuple(label for label in load().clauses if label.startswith("ERR") and label not in ("ERR-12", "ERR-13"))
+ERRORS = tuple(label for label in load().judged if label.startswith("ERR") and label not in ("ERR-12", "ERR-13"))
 
 # ---------------------------------------------------------------------------------------------- refusals
 

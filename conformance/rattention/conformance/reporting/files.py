@@ -54,7 +54,7 @@ def write_overview(reports: list[dict[str, Any]], absent: dict[str, str], folder
 
 def _merge_clauses(reports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     table = {}
-    for label, text in load().clauses.items():
+    for label, text in load().judged.items():
         statuses = {r["backend"]: r["clauses"][label]["status"] for r in reports}
         values = set(statuses.values())
         status = "FAIL" if "FAIL" in values else "pass" if "pass" in values else "untested"

@@ -106,7 +106,7 @@ def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
             broken[label] += 1
             weight[label] += 1.0 / ((1 + rank) * len(violation.clauses))
     table = {}
-    for label, text in load().clauses.items():
+    for label, text in load().judged.items():
         status = "FAIL" if broken[label] else "pass" if checked[label] else "untested"
         table[label] = {
             "text": text,
