@@ -353,7 +353,7 @@ def test_the_custom_operators_are_well_formed():
         args = (q, k[:, :, :7], v[:, :, :7], state)
         _, final, states = scan.scan_forward(*args, *groups, False, "softmax", False)
         torch.library.opcheck(scan.scan_forward, (*args, *groups, False, "softmax", False))
-        torch.library.opcheck(scan.scan_backward, (d_out, final, *args, states, *groups, False, "softmax", False))
+        torch.library.opcheck(scan.scan_backward, (d_out, final, *args, *groups, states, False, "softmax", False))
     for n, keep, own in ((9, True, True), (9, True, False), (9, False, True), (0, True, True)):
         some: dict[str, Any] = {"q": normal(2, n, 6, 4), "k": normal(2, 2, n, 4), "v": normal(2, 2, n, 5)}
         some |= {"key": some["k"][:, :, 3:] if own else None, "q_scale": normal(2, 4), "swa_weight": normal(2, 6, 5)}

@@ -11,11 +11,12 @@ a group of their own and zeros for contents, so that every row sees at least its
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from rattention.torch.eager import composed
 from rattention.torch.eager.batching import Block, as_rows, blocks, flat, merge_into_batch, of_heads, put_rows, rows
 from rattention.torch.eager.chunks import band_chunk, full_precision, heads_at_once, spans
+from rattention.torch.eager.kernel import Kernel
+from rattention.torch.tangents import refuse_tangents
 from torch import Tensor
 
 NEG_INF = float("-inf")
@@ -46,25 +47,7 @@ def band_attention(
     Returns:
         `[B, T, Hq, Dv]`.
     """
-    return _Band.apply(q, k, v, cos, sin, group_q, group_k, window, scale, reduced)  # pyright: ignore
-
-
-class _Band(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return band_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.rest = inputs[7:]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (*band_backward(d_out, *ctx.saved_tensors, *ctx.rest), *(None,) * 7)
+    return _KERNEL(q, k, v, cos, sin, group_q, group_k, window, scale, reduced)
 
 
 class _Tiles:
@@ -170,6 +153,7 @@ def band_forward(
     scale: float,
     reduced: bool,
 ) -> Tensor:
+    refuse_tangents()
     out = q.new_empty(*q.shape[:3], v.shape[3])
     fill_band(out, q, k, v, cos, sin, group_q, group_k, window, scale, reduced)
     return out
@@ -246,3 +230,13 @@ def _(d_out, q, k, v, cos, sin, group_q, group_k, window, scale, reduced):
 
 band_forward.register_vmap(merge_into_batch(band_forward))
 band_backward.register_vmap(merge_into_batch(band_backward))
+
+_KERNEL = Kernel(
+    band_forward,
+    band_backward,
+    lambda *args: (composed.band(*args[:-1]),),
+    inputs=3,
+    constants=4,
+    outputs=1,
+    attributes=3,
+)

@@ -10,18 +10,19 @@ that will be differentiated keeps both branches and the states. Backward walks f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from rattention.torch.eager import composed
 from rattention.torch.eager.band import fill_band, fill_band_backward
 from rattention.torch.eager.batching import merge_into_batch
 from rattention.torch.eager.chunks import TILE, scan_chunk, spans
+from rattention.torch.eager.kernel import Kernel
 from rattention.torch.eager.maps import features
 from rattention.torch.eager.mix import fill_mix, fill_mix_backward
-from rattention.torch.eager.scan import Groups, fill_scan, fill_scan_backward, groups_of, new_states, one_state
+from rattention.torch.eager.scan import Groups, fill_scan, fill_scan_backward, groups_of, new_states
+from rattention.torch.tangents import refuse_tangents
 from torch import Tensor
-
-Optional = Tensor | None
 
 
 class Inputs(NamedTuple):
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
     alive: Tensor | None  # [B, J + 1]
 
 
-DIFFERENTIABLE = 8
+INPUTS = 8
 """The first eight have gradients."""
 
 
@@ -56,37 +57,9 @@ def fused(
     `keys`: J, how many keys the linear branch reads; the other attributes as in `band`, `scan` and `mix`.
     """
     transformed = torch._C._are_functorch_transforms_active()
-    keep = torch.is_grad_enabled() and (transformed or any(x is not None and x.requires_grad for x in inputs[:8]))
-    out, final, *_ = _Fused.apply(*inputs, keys, window, scale, inclusive, feature_map, eps, reduced, keep)  # pyright: ignore
+    keep = torch.is_grad_enabled() and (transformed or any(x is not None and x.requires_grad for x in inputs[:INPUTS]))
+    out, final, *_ = _KERNEL(*inputs, keys, window, scale, inclusive, feature_map, eps, reduced, keep)
     return out, final
-
-
-class _Fused(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return fused_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)  # zeros for both branches and the states would be as much memory again
-        tensors = len(Inputs._fields)
-        ctx.save_for_backward(*inputs[:tensors], *output[2:])
-        ctx.rest = inputs[tensors:-1]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Optional, d_final: Optional, *_: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
-        swa, _, states = saved[len(Inputs._fields) :]
-        d_out = torch.zeros_like(swa) if d_out is None else d_out
-        d_final = one_state(states) if d_final is None else d_final
-        grads = fused_backward(d_out, d_final, *saved, *ctx.rest)
-        absent = [x is None for x in saved[:DIFFERENTIABLE]]
-        named = [None if gone else g for gone, g in zip(absent, grads, strict=True)]
-        return (*named, *(None,) * (len(Inputs._fields) - DIFFERENTIABLE + 8))
 
 
 class _Segment(NamedTuple):
@@ -120,7 +93,7 @@ def _scan_groups(x: Inputs, at: _Segment) -> Groups | None:
     return groups_of(_tokens(x.scan_q, at.t), _tokens(x.scan_k, at.scan), _tokens(x.alive, states))
 
 
-def _band_args(x: Inputs, at: _Segment) -> tuple[Tensor, Tensor, Tensor, Optional, Optional, Optional, Optional]:
+def _band_args(x: Inputs, at: _Segment) -> tuple[Tensor | None, ...]:
     tokens = x.q[:, at.t], x.k[:, :, at.band], x.v[:, :, at.band]
     return *tokens, _tokens(x.cos, at.t), _tokens(x.sin, at.t), _tokens(x.band_q, at.t), _tokens(x.band_k, at.band)
 
@@ -157,6 +130,7 @@ def fused_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = Inputs(q, k, v, key, q_scale, state, swa_weight, rla_weight, cos, sin, band_q, band_k, scan_q, scan_k, alive)
+    refuse_tangents()
     out, final, swa, rla, states = _outputs(q, v, keys, feature_map, keep)
     running = state
     for at in _segments(x, keys, window):
@@ -259,3 +233,14 @@ def _(d_out, d_final, q, k, v, key, q_scale, state, swa_weight, rla_weight, *arg
 
 fused_forward.register_vmap(merge_into_batch(fused_forward))
 fused_backward.register_vmap(merge_into_batch(fused_backward))
+
+
+_KERNEL = Kernel(
+    fused_forward,
+    fused_backward,
+    lambda *args: composed.fused(*args[:-1]),
+    inputs=INPUTS,
+    constants=len(Inputs._fields) - INPUTS,
+    outputs=2,
+    attributes=7,
+)

@@ -8,36 +8,19 @@ A row of zeros has r = 1 / sqrt(eps): finite, and so are its gradients.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from rattention.torch.eager import composed
 from rattention.torch.eager.batching import merge_into_batch
 from rattention.torch.eager.chunks import TILE, spans
+from rattention.torch.eager.kernel import Kernel
+from rattention.torch.tangents import refuse_tangents
 from torch import Tensor
 
 
 def mix(swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weight: Tensor, eps: float) -> Tensor:
     """`swa`, `rla` `[B, T, Hq, Dv]` and weights `[Hq, Dv]`, one dtype -> `[B, T, Hq, Dv]`, differentiable in all."""
     batch = (swa.shape[0], *swa_weight.shape)
-    return _Mix.apply(swa, rla, swa_weight.expand(batch), rla_weight.expand(batch), eps)  # pyright: ignore
-
-
-class _Mix(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return mix_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.eps = inputs[4]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (*mix_backward(d_out, *ctx.saved_tensors, ctx.eps), None)
+    return _KERNEL(swa, rla, swa_weight.expand(batch), rla_weight.expand(batch), eps)
 
 
 def _chunks(x: Tensor):
@@ -64,6 +47,7 @@ def fill_mix(out: Tensor, swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weig
 
 @torch.library.custom_op("rattention::mix_forward", mutates_args=())
 def mix_forward(swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weight: Tensor, eps: float) -> Tensor:
+    refuse_tangents()
     out = swa.new_empty(swa.shape)
     fill_mix(out, swa, rla, swa_weight, rla_weight, eps)
     return out
@@ -118,3 +102,7 @@ def _(d_out, swa, rla, swa_weight, rla_weight, eps):
 
 mix_forward.register_vmap(merge_into_batch(mix_forward))
 mix_backward.register_vmap(merge_into_batch(mix_backward))
+
+_KERNEL = Kernel(
+    mix_forward, mix_backward, lambda *args: (composed.mix(*args),), inputs=4, constants=0, outputs=1, attributes=1
+)

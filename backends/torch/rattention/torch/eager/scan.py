@@ -16,12 +16,15 @@ of document the state restarts (SEG-2). A key whose `group_k` is negative is rea
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from rattention.torch.eager import composed
 from rattention.torch.eager.batching import Block, blocks, flat, merge_into_batch, put_rows, rows
 from rattention.torch.eager.chunks import full_precision, heads_at_once, scan_chunk, spans
+from rattention.torch.eager.kernel import Kernel
 from rattention.torch.eager.maps import features, phi, phi_backward
+from rattention.torch.tangents import refuse_tangents
 from torch import Tensor
 
 
@@ -57,34 +60,8 @@ def linear_scan(
         `[B, T, Hq, Dv]`, and the state after the last key, `[B, Hkv, F, Dv]`.
     """
     g = (None, None, None) if groups is None else tuple(groups)
-    out, final, _ = _Scan.apply(q, k, v, state, *g, inclusive, feature_map, reduced)  # pyright: ignore
+    out, final, _ = _KERNEL(q, k, v, state, *g, inclusive, feature_map, reduced)
     return out, final
-
-
-class _Scan(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return scan_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        states = output[2]
-        ctx.mark_non_differentiable(states)
-        ctx.set_materialize_grads(False)  # zeros for the states would be as much memory again
-        ctx.save_for_backward(*inputs[:4], states, *inputs[4:7])
-        ctx.rest = inputs[7:]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Any, d_final: Any, _: Any):  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
-        q, _, v, _, states, *_ = saved
-        d_out = q.new_zeros(*q.shape[:3], v.shape[3]) if d_out is None else d_out
-        d_final = one_state(states) if d_final is None else d_final
-        *grads, d_state = scan_backward(d_out, d_final, *saved, *ctx.rest)
-        return (*grads, None if saved[3] is None else d_state, *(None,) * 6)
 
 
 class _Chunks:
@@ -221,6 +198,7 @@ def scan_forward(
     feature_map: str,
     reduced: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_tangents()
     out, states = q.new_empty(*q.shape[:3], v.shape[3]), new_states(q, v, v.shape[2], feature_map)
     groups = groups_of(group_q, group_k, alive)
     final = fill_scan(out, states, q, k, v, state, groups, inclusive, feature_map, reduced)
@@ -295,10 +273,10 @@ def scan_backward(
     k: Tensor,
     v: Tensor,
     state: Tensor | None,
-    states: Tensor,
     group_q: Tensor | None,
     group_k: Tensor | None,
     alive: Tensor | None,
+    states: Tensor,
     inclusive: bool,
     feature_map: str,
     reduced: bool,
@@ -311,9 +289,13 @@ def scan_backward(
 
 
 @scan_backward.register_fake
-def _(d_out, d_final, q, k, v, state, states, group_q, group_k, alive, inclusive, feature_map, reduced):
+def _(d_out, d_final, q, k, v, state, group_q, group_k, alive, states, inclusive, feature_map, reduced):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, d_final))
 
 
 scan_forward.register_vmap(merge_into_batch(scan_forward))
 scan_backward.register_vmap(merge_into_batch(scan_backward))
+
+_KERNEL = Kernel(
+    scan_forward, scan_backward, lambda *args: composed.scan(*args[:-1]), inputs=4, constants=3, outputs=2, attributes=3
+)

@@ -10,6 +10,7 @@ from rattention.spec import Unsupported
 from rattention.torch.triton import operators
 from rattention.torch.triton.plan import LARGEST_HEAD_DIM
 from rattention.torch.triton.tiles import INTERPRET
+from rattention.torch.triton.transforms import call
 from torch import Tensor
 
 KERNELS = (
@@ -59,7 +60,7 @@ def _weights(like: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 def feature_map(x: Tensor, *, feature_map: str, reduced: bool = False) -> tuple[Tensor]:
     _check(x)
-    return (operators.feature_map(x, feature_map),)
+    return (call(operators.feature_map, x, feature_map),)
 
 
 def rope_table(positions: Tensor, *, head_dim: int, theta: float, reduced: bool = False) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,8 @@ def sliding_window_attention(
 ) -> tuple[Tensor]:  # fmt: skip
     _check(q, k, v)
     q, k, v = _cast(q, k, v)
-    out, _, _ = operators.attention(
+    out, _, _ = call(
+        operators.attention,
         q, k, v, None, None, *_weights(q, rope_cos, rope_sin), positions, segment_ids, None, None, None, None,
         window, scale, "identity", 1e-6, "soft", reduced,
     )  # fmt: skip
@@ -88,7 +90,8 @@ def residual_linear_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(q, k, v)
     q, k, v = _cast(q, k, v)
-    out, final, _ = operators.attention(
+    out, final, _ = call(
+        operators.attention,
         q, k, v, None, None, None, None, None, segment_ids, *_weights(q, q_scale, k_scale), memory,
         initial_state, window, None, feature_map, 1e-6, "linear", reduced,
     )  # fmt: skip
@@ -99,7 +102,7 @@ def rms_mix(
     swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weight: Tensor, *, eps: float, reduced: bool = False
 ) -> tuple[Tensor]:
     _check(swa, rla)
-    return (operators.rms_mix(swa, rla, swa_weight, rla_weight, eps),)
+    return (call(operators.rms_mix, swa, rla, swa_weight, rla_weight, eps),)
 
 
 def rattention(
@@ -114,7 +117,8 @@ def rattention(
     swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale = _weights(
         q, swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale
     )
-    out, final, _ = operators.attention(
+    out, final, _ = call(
+        operators.attention,
         q, k, v, swa_weight, rla_weight, rope_cos, rope_sin, positions, segment_ids, q_scale, k_scale, memory,
         initial_state, window, scale, feature_map, eps, "mix", reduced,
     )  # fmt: skip
@@ -133,7 +137,8 @@ def rattention_extend(
     swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale = _weights(
         q, swa_weight, rla_weight, rope_cos, rope_sin, q_scale, k_scale
     )
-    return operators.extend(
+    return call(
+        operators.extend,
         q, k, v, swa_weight, rla_weight, cache_k, cache_v, cache_state, cache_length, lengths, rope_cos, rope_sin,
         q_scale, k_scale, memory, window, scale, feature_map, eps, reduced,
     )  # fmt: skip

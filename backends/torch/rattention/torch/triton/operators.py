@@ -13,12 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from rattention.torch.tangents import refuse_tangents
 from rattention.torch.triton import features, mix, rotary
 from rattention.torch.triton.backward import backward
 from rattention.torch.triton.continuation import Continuation, extend_backward, extend_forward
 from rattention.torch.triton.forward import forward
 from rattention.torch.triton.launch import launch
 from rattention.torch.triton.plan import Plan, ceil_div, power_of_two
+from rattention.torch.triton.transforms import call, differentiable, once_differentiable
 from torch import Tensor
 
 ROWS = 64
@@ -38,6 +40,7 @@ def attention(
     window: int | None, scale: float | None, feature_map: str, eps: float, mode: str, reduced: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """out [B, T, Hq, Dv], final_state [B, Hkv, F, Dv] (empty for mode "soft"), stats [3, B, Hq, T] for the gradient."""
+    refuse_tangents()
     plan = Plan(
         q, k, v, window, scale, feature_map, eps, mode, reduced, swa_weight, rla_weight, rope_cos, rope_sin, positions,
         segment_ids, q_scale, k_scale, memory, initial_state,
@@ -110,13 +113,14 @@ def _attention_backward(ctx: Any, d_out: Tensor | None, d_final: Tensor | None, 
         d_out = torch.zeros(shape, dtype=dtype, device=device)
     if ctx.attributes[4] == "soft":
         d_final = None
-    dq, dk, dv, dws, dwl, dqs, dks, dm, di = attention_grad(*inputs, stats, d_out, d_final, *ctx.attributes)
+    dq, dk, dv, dws, dwl, dqs, dks, dm, di = call(attention_grad, *inputs, stats, d_out, d_final, *ctx.attributes)
     given = [x is not None for x in inputs]
     found = [dq, dk, dv, dws, dwl, None, None, None, None, dqs, dks, dm, di]
     return (*(g if ok else None for g, ok in zip(found, given, strict=True)), *(None,) * 6)
 
 
-attention.register_autograd(_attention_backward, setup_context=_attention_context)
+differentiable(attention, _attention_backward, _attention_context)
+once_differentiable(attention_grad)
 
 
 # ---------------------------------------------------------------------------------------------------- extend
@@ -132,6 +136,7 @@ def extend(
     window: int | None, scale: float | None, feature_map: str, eps: float, reduced: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, cache_k, cache_v, cache_state, cache_length, in the canonical form."""
+    refuse_tangents()
     return extend_forward(
         Continuation(q, k, v, swa_weight, rla_weight, cache_k, cache_v, cache_state, cache_length, lengths, rope_cos,
                      rope_sin, q_scale, k_scale, memory, window, scale, feature_map, eps, reduced)
@@ -193,13 +198,14 @@ def _extend_backward(ctx: Any, d_out: Any, d_k: Any, d_v: Any, d_state: Any, d_l
     if d_out is None:
         shape, dtype, device = ctx.like
         d_out = torch.zeros(shape, dtype=dtype, device=device)
-    found = extend_grad(*inputs, d_out, d_k, d_v, d_state, *ctx.attributes)
+    found = call(extend_grad, *inputs, d_out, d_k, d_v, d_state, *ctx.attributes)
     dq, dk, dv, dws, dwl, dck, dcv, dcs, dqs, dks, dm = found
     all_found = (dq, dk, dv, dws, dwl, dck, dcv, dcs, None, None, None, None, dqs, dks, dm)
     return (*(None if x is None else g for x, g in zip(inputs, all_found, strict=True)), *(None,) * 5)
 
 
-extend.register_autograd(_extend_backward, setup_context=_extend_context)
+differentiable(extend, _extend_backward, _extend_context)
+once_differentiable(extend_grad)
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -214,6 +220,7 @@ def _rows(x: Tensor) -> tuple[int, dict[str, Any]]:
 @torch.library.custom_op("rattention::feature_map", mutates_args=())
 def feature_map(x: Tensor, feature_map: str) -> Tensor:
     """phi(x): [B, T, H, D] -> [B, T, H, F]."""
+    refuse_tangents()
     x = x.contiguous()
     out = _feature_map_fake(x, feature_map)
     n, shape = _rows(x)
@@ -246,15 +253,18 @@ def _feature_map_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
     ctx.map = inputs[1]
 
 
-feature_map.register_autograd(
-    lambda ctx, d_out: (feature_map_grad(ctx.saved_tensors[0], d_out, ctx.map), None),
-    setup_context=_feature_map_context,
+differentiable(
+    feature_map,
+    lambda ctx, d_out: (call(feature_map_grad, ctx.saved_tensors[0], d_out, ctx.map), None),
+    _feature_map_context,
 )
+once_differentiable(feature_map_grad)
 
 
 @torch.library.custom_op("rattention::rms_mix", mutates_args=())
 def rms_mix(swa: Tensor, rla: Tensor, swa_weight: Tensor, rla_weight: Tensor, eps: float) -> Tensor:
     """swa_weight rms(swa) + rla_weight rms(rla): [B, T, Hq, Dv]."""
+    refuse_tangents()
     B, T, Hq, Dv = swa.shape
     out = torch.empty(swa.shape, dtype=swa.dtype, device=swa.device)
     launch(
@@ -295,9 +305,12 @@ def _rms_mix_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.eps = inputs[4]
 
 
-rms_mix.register_autograd(
-    lambda ctx, d_out: (*rms_mix_grad(*ctx.saved_tensors, d_out, ctx.eps), None), setup_context=_rms_mix_context
+differentiable(
+    rms_mix,
+    lambda ctx, d_out: (*call(rms_mix_grad, *ctx.saved_tensors, d_out, ctx.eps), None),
+    _rms_mix_context,
 )
+once_differentiable(rms_mix_grad)
 
 
 @torch.library.custom_op("rattention::rope_table", mutates_args=())
