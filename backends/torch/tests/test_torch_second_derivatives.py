@@ -11,6 +11,9 @@ from rattention import torch as rt
 from torch import Tensor
 from torch.autograd import forward_ad
 
+# PyTorch's own forward mode compiles its decompositions with torch.jit.script when it is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 B, T, HQ, HKV, D, DV = 2, 6, 2, 1, 4, 3
 
 
@@ -94,9 +97,10 @@ def test_second_derivatives_of_every_operation_and_option(name: str):
     f, tensors, rest = CALLS[name]
     names = list(tensors)
     leaves = [x.clone().requires_grad_() for x in tensors.values()]
-    assert torch.autograd.gradgradcheck(
-        lambda *args: f(**dict(zip(names, args, strict=True)), **rest), leaves, fast_mode=True
-    )
+    g = lambda *args: f(**dict(zip(names, args, strict=True)), **rest)  # noqa: E731
+    # Cotangents that are absent are many more calls: once for an operation is enough.
+    once = name in ("softmax branch", "linear branch", "mix", "both")
+    assert torch.autograd.gradgradcheck(g, leaves, fast_mode=True, check_undefined_grad=once)
 
 
 @pytest.mark.parametrize("with_memory", [False, True])
@@ -116,7 +120,7 @@ def test_second_derivatives_of_a_continuation(window: int | None, with_memory: b
         return out, after.k, after.v, after.state
 
     leaves = [x.clone().requires_grad_() for x in (*cache, *tensors.values())]
-    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, leaves, fast_mode=True, check_undefined_grad=False)
 
 
 def product(f: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], tensors: dict[str, Tensor]) -> list[Tensor]:

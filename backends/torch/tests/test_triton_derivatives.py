@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
 from rattention import torch as rt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# PyTorch's own forward mode compiles its decompositions with torch.jit.script when it is first used.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 B, T, HQ, HKV, D = 1, 5, 2, 1, 8
 
 
