@@ -127,8 +127,8 @@ class GenerationCache:
         cleared = (torch.where(gone.view(-1, *(1,) * (x.ndim - 1)), 0, x) for x in self._tensors)
         self._tensors = Cache(*cleared)
         self._lags |= dict.fromkeys(indices, self.limit)
-        if len(self._lags) == batch:  # no row is as long as the bound any more
-            surplus = min(self._lags.values(), default=0)
+        if self._lags and len(self._lags) == batch:  # no row is as long as the bound any more
+            surplus = min(self._lags.values())
             self.limit -= surplus
             self._lags = {b: lag - surplus for b, lag in self._lags.items()}
         if on_host(self.length):
