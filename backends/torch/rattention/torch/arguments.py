@@ -14,6 +14,8 @@ import torch
 from rattention.spec import Call, SpecError, Unsupported, validate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 EXTRA_DTYPES = ("float64",)
 """Storage dtypes of the public functions beyond the specification's: for gradient checks."""
@@ -123,5 +125,7 @@ def number(value: Any) -> Any:
     """The number in a tensor on the host that holds one and asks for no gradient; anything but a tensor as it is."""
     if not isinstance(value, Tensor):
         return value
-    known = type(value.detach()) is Tensor and not value.requires_grad and value.ndim == 0 and on_host(value.detach())
-    return value.item() if known else _NoNumber(value)
+    constant = type(value) in (Tensor, Parameter) and not value.requires_grad and value.ndim == 0
+    if constant and on_host(value.detach()) and forward_ad.unpack_dual(value).tangent is None:
+        return value.item()
+    return _NoNumber(value)
