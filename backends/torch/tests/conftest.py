@@ -169,7 +169,11 @@ def every_call() -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
     ids = {"segment_ids": ints([1, 1, 2, 2, 2, 0], [0, 3, 3, 3, 3, 3])}
     positions = {"positions": ints([0, 1, 0, 1, 2, 0], [0, 5, 6, 7, 8, 9])}
     state = {"initial_state": normal(B, Hkv, 2 * D, Dv)}
-    cache = {"cache_k": normal(B, w, Hkv, D), "cache_v": normal(B, w, Hkv, Dv), "cache_state": normal(B, Hkv, 2 * D, Dv)}
+    cache = {
+        "cache_k": normal(B, w, Hkv, D),
+        "cache_v": normal(B, w, Hkv, Dv),
+        "cache_state": normal(B, Hkv, 2 * D, Dv),
+    }
     cache |= {"cache_length": torch.tensor([4, 1], dtype=torch.int32)}
     return {
         "feature_map": ({"x": normal(B, T, Hq, D)}, {}),

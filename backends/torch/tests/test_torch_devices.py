@@ -69,7 +69,9 @@ def test_a_cache_of_another_kind_is_refused(valid_calls):
     given: dict[str, Any] = {n: tensors[n] for n in ("q", "k", "v", "swa_weight", "rla_weight")}
     entries = tuple(tensors[f"cache_{n}"] for n in ("k", "v", "state", "length"))
     for wrong in (entries, GenerationCache(rt.Cache(*entries)), None):
-        with pytest.raises(SpecError, match=r"rattention_extend: cache: expected a rattention.torch.Cache, got .*ERR-14"):
+        with pytest.raises(
+            SpecError, match=r"rattention_extend: cache: expected a rattention.torch.Cache, got .*ERR-14"
+        ):
             rt.rattention_extend(**given, cache=wrong, window=2)  # pyright: ignore[reportArgumentType]
 
 
@@ -87,7 +89,9 @@ def test_a_parameter_that_a_partial_load_left_on_meta_is_an_error(name):  # TRAP
     owner = model.get_submodule(module)
     setattr(owner, last, nn.Parameter(getattr(owner, last).to("meta")))
     for call in calls_of(model, torch.randn(2, 5, 16)):
-        with pytest.raises(SpecError, match=rf"RAttention: {name}: expected device cpu, that of x, got meta \(ERR-15\)"):
+        with pytest.raises(
+            SpecError, match=rf"RAttention: {name}: expected device cpu, that of x, got meta \(ERR-15\)"
+        ):
             call()
 
 
@@ -149,7 +153,7 @@ def test_distributed_tensors_are_refused_with_advice(mesh, valid_calls, public):
     want = model(x)
     fully_shard(model, mesh=mesh)
     with torch.no_grad():
-        with pytest.raises(Unsupported, match="swa_weight is a DTensor and x is not.*register_fsdp_forward_method"):
+        with pytest.raises(Unsupported, match=r"swa_weight is a DTensor and x is not.*register_fsdp_forward_method"):
             model.prefill(x, model.new_cache(2))
         for method in ("prefill", "step"):
             register_fsdp_forward_method(model, method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,9 @@ def test_active_is_a_mask():
 def test_a_cache_is_what_new_cache_makes():
     model, x = layer(), torch.randn(2, 5, 16)
     for wrong in (model.new_cache(2).tensors, None, {}):
-        with pytest.raises(SpecError, match="RAttention: cache: expected a GenerationCache, as new_cache makes it, got"):
+        with pytest.raises(
+            SpecError, match="RAttention: cache: expected a GenerationCache, as new_cache makes it, got"
+        ):
             model.prefill(x, wrong)  # pyright: ignore[reportArgumentType]
 
 
@@ -145,27 +148,31 @@ def test_a_tensor_that_could_learn_is_no_attribute(op, name, how, valid_calls, p
     refused = rf"{op}: {name}: expected .*, got a tensor of shape \[\] .*no gradient would reach it.*\(ERR-5\)"
     error = Exception if how == "compile" else SpecError
     with pytest.raises(error, match=refused):
-        match how:
-            case "requires grad":
-                call(value.requires_grad_())
-            case "parameter":
+        try_to_learn(how, call, value)
+
+
+def try_to_learn(how: str, call: Callable[[Tensor], Tensor], value: Tensor) -> None:
+    match how:
+        case "requires grad":
+            call(value.requires_grad_())
+        case "parameter":
+            call(nn.Parameter(value))
+        case "no_grad":
+            with torch.no_grad():
                 call(nn.Parameter(value))
-            case "no_grad":
-                with torch.no_grad():
-                    call(nn.Parameter(value))
-            case "grad":
-                torch.func.grad(call)(value)
-            case "vmap":
-                torch.func.vmap(call)(value[None])
-            case "jvp":
-                torch.func.jvp(call, (value,), (value,))
-            case "dual":
-                with forward_ad.dual_level():
-                    call(forward_ad.make_dual(value, value))
-            case "meta":
-                call(value.to("meta"))
-            case "compile":
-                torch.compile(call, fullgraph=True, backend="aot_eager")(value)
+        case "grad":
+            torch.func.grad(call)(value)
+        case "vmap":
+            torch.func.vmap(call)(value[None])
+        case "jvp":
+            torch.func.jvp(call, (value,), (value,))
+        case "dual":
+            with forward_ad.dual_level():
+                call(forward_ad.make_dual(value, value))
+        case "meta":
+            call(value.to("meta"))
+        case "compile":
+            torch.compile(call, fullgraph=True, backend="aot_eager")(value)
 
 
 def test_a_number_in_a_tensor_on_the_host_serves(valid_calls, public):
@@ -178,7 +185,11 @@ def test_a_number_in_a_tensor_on_the_host_serves(valid_calls, public):
 
 def test_a_learnable_base_or_eps_of_a_layer_is_refused_at_the_call():
     x = torch.randn(1, 4, 16)
-    for name, shown in (("rope_theta", "rope_table: theta"), ("eps", "rattention: eps"), ("window", "rattention: window")):
+    for name, shown in (
+        ("rope_theta", "rope_table: theta"),
+        ("eps", "rattention: eps"),
+        ("window", "rattention: window"),
+    ):
         model = layer()
         delattr(model, name)
         setattr(model, name, nn.Parameter(torch.tensor(3.0)))

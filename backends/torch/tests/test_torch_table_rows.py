@@ -86,7 +86,7 @@ def test_a_position_without_a_row_gives_nan_to_its_readers_alone(op, packed, win
     got = torch.autograd.grad(out, list(leaves.values()), cotangent)
     for name, a, b in zip(leaves, got, torch.autograd.grad(want, list(leaves.values()), cotangent), strict=True):
         assert torch.equal(a, b), name
-    with pytest.raises(SpecError, match="positions: .*ERR-9"):
+    with pytest.raises(SpecError, match=r"positions: .*ERR-9"):
         call(POSITIONS, ids, t)
 
 
@@ -157,7 +157,7 @@ def test_a_continuation_past_the_table(window, ragged):  # ERR-16; a row without
     expected = torch.autograd.grad(want, list(leaves.values()), cotangent, allow_unused=True)
     for name, a, b in zip(leaves, got, expected, strict=True):
         assert (a is None and b is None) or torch.equal(a, b), name
-    with pytest.raises(SpecError, match="rope_cos: .*ERR-9"):
+    with pytest.raises(SpecError, match=r"rope_cos: .*ERR-9"):
         call(length, lengths, rows)
 
 

@@ -14,8 +14,8 @@ Common arguments:
 
 Values of positions that are not looked at give NaN where the rotary table has no row for them (ERR-16).
 
-Common errors: `rattention.spec.SpecError`, a ValueError, for a call that breaks the specification (ERR-1 .. ERR-11), for
-what is no tensor (ERR-14) and for tensors on two devices (ERR-15); and `rattention.spec.Unsupported` for a valid call
+Common errors: `rattention.spec.SpecError`, a ValueError, for a call that breaks the specification (ERR-1 .. ERR-11),
+for what is no tensor (ERR-14) and for tensors on two devices (ERR-15). `rattention.spec.Unsupported` for a valid call
 that the chosen implementation lacks, for DTensors, and for `check_values` where values cannot be read. Attributes are
 numbers: a tensor in their place that requires grad, or that is traced, is refused (ERR-5).
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 WITH_FLOAT64 = ("cpu", "cuda", "meta")
 """Device types of which every device has float64. MPS and NPUs have none, XPUs have it on some models."""
 

@@ -211,7 +211,7 @@ def _rowless(
     tokens that have nothing to do with it.
     """
     T = out.shape[1]
-    if cos is None or (positions is None and (docs is None or T <= cos.shape[0])):
+    if cos is None or (positions is None and (docs is None or cos.shape[0] >= T)):
         return out  # without documents positions are 0 .. T-1, and the shapes have shown that these are rows
     t = torch.arange(T, device=out.device)
     if docs is None:

@@ -47,8 +47,8 @@ class GenerationCache:
 
     @property
     def tensors(self) -> Cache:
-        """The canonical cache. Setting it, say with the rows in another order, sets `limit` anew from its lengths; where
-        they are traced `limit` stays, and no row may be longer than that."""
+        """The canonical cache. Setting it, say with the rows in another order, sets `limit` anew from its lengths.
+        Where these are traced `limit` stays, and no row may be longer than that."""
         return self._tensors
 
     @tensors.setter
@@ -118,7 +118,9 @@ class GenerationCache:
         batch = k.shape[0]
         if isinstance(rows, Tensor) and not plain(rows):
             if rows.dtype != torch.bool or rows.shape != (batch,):
-                raise TypeError(f"reset: rows: expected a bool mask [B={batch}] where rows are traced, got {_kind(rows)}")
+                raise TypeError(
+                    f"reset: rows: expected a bool mask [B={batch}] where rows are traced, got {_kind(rows)}"
+                )
             gone, indices = rows, []
         else:
             mask = [True] * batch if rows is None else _mask(rows, batch)
@@ -143,7 +145,7 @@ def _kind(rows: Any) -> str:
 def _mask(rows: Any, batch: int) -> list[bool]:
     """Which of the `batch` rows are meant."""
     wrong = TypeError(f"reset: rows: expected indices or a bool mask [B={batch}], got {_kind(rows)}")
-    if isinstance(rows, np.ma.MaskedArray) or isinstance(rows, str | bytes | bool | np.bool_):
+    if isinstance(rows, np.ma.MaskedArray | str | bytes | bool | np.bool_):
         raise wrong
     if isinstance(rows, Tensor | np.ndarray):
         if rows.ndim == 0:

@@ -17,12 +17,12 @@ LAYER = "RAttention"
 def size(name: str, value: Any) -> int:
     """`value` as an int >= 1."""
     try:
-        number = 0 if isinstance(value, bool) or isinstance(value, Tensor) else operator.index(value)
+        count = 0 if isinstance(value, bool | Tensor) else operator.index(value)
     except TypeError:
-        number = 0
-    if number < 1:
+        count = 0
+    if count < 1:
         raise SpecError(LAYER, name, "an int >= 1", repr(value), "ERR-5")
-    return number
+    return count
 
 
 def flags(**values: Any) -> None:
@@ -51,7 +51,9 @@ def attributes(
     if heads % kv_heads:
         raise SpecError(LAYER, "num_heads", f"a multiple of num_kv_heads={kv_heads}", str(heads), "ERR-6")
     if theta is not None and head_dim % 2:
-        raise SpecError(LAYER, "head_dim", "an even size to rotate in pairs, or rope_theta=None", str(head_dim), "ERR-7")
+        raise SpecError(
+            LAYER, "head_dim", "an even size to rotate in pairs, or rope_theta=None", str(head_dim), "ERR-7"
+        )
     check_name(impl)
     shell = torch.empty(1, 1, 1, 1, dtype=torch.float32, device="meta")
     given = dict.fromkeys("qkv", shell) | dict.fromkeys(("swa_weight", "rla_weight"), shell[0, 0])
@@ -61,7 +63,9 @@ def attributes(
         ).attributes
         if theta is not None:
             positions = {"positions": torch.empty(0, dtype=torch.int32, device="meta")}
-            theta = validate("rope_table", positions, {"head_dim": head_dim, "theta": number(theta)}).attributes["theta"]
+            theta = validate("rope_table", positions, {"head_dim": head_dim, "theta": number(theta)}).attributes[
+                "theta"
+            ]
     except SpecError as e:
         name = "rope_theta" if e.argument == "theta" else e.argument
         raise SpecError(LAYER, name, e.expected, e.got, e.clause) from None
