@@ -21,7 +21,8 @@ FULL: dict[str, Any] = {"qk_norm": True, "qk_scale": True, "memory": True}
 
 def layer(**options: Any) -> RAttention:
     torch.manual_seed(0)
-    return RAttention(16, 2, 1, 8, **({"window": 3} | options))
+    given: dict[str, Any] = {"window": 3} | options
+    return RAttention(16, 2, 1, 8, **given)
 
 
 def hidden(T: int = 10, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,12 +85,13 @@ def test_an_adapter_on_one_projection_generates():
     """q in float32 beside k and v in 16 bits: they meet in the wider dtype, and so does the cache."""
     for options in ({}, FULL):
         model = layer(**options).to(torch.bfloat16)
-        model.q_proj, model.o_proj = Adapter(model.q_proj), nn.Linear(16, 16)
-        model.k_proj, model.v_proj = (InTwo(m) for m in (model.k_proj, model.v_proj))
+        new = {"q_proj": Adapter(model.q_proj), "o_proj": nn.Linear(16, 16)}
+        for name, module in (new | {n: Narrow(getattr(model, n)) for n in ("k_proj", "v_proj")}).items():
+            setattr(model, name, module)
         assert generates(model, hidden()).tensors.k.dtype == torch.float32
 
 
-class InTwo(nn.Module):
+class Narrow(nn.Module):
     """A layer that computes in bfloat16 whatever it is given."""
 
     def __init__(self, linear: nn.Module):

@@ -67,7 +67,7 @@ def use(model: RAttention) -> list[Tensor]:
     cache = model.new_cache(2)
     outs = [model(x), model(x, segment_ids=ids), model(x, positions=ids, segment_ids=ids), model(x, positions=ids)]
     outs += [model.prefill(x, cache, lengths=some), model.prefill(x, cache), model.step(x[:, 0], cache, active=some)]
-    sum(y.sum() for y in outs).backward()
+    torch.autograd.backward([y.sum() for y in outs])
     cache.reset(1)
     cache.reset([True, False])
     cache.reset()
@@ -117,7 +117,7 @@ def test_fake_inputs_leave_a_real_layer_usable():
     want = model(x)
     for used in (model, layer()):
         with FakeTensorMode() as mode:
-            parameters = {n: mode.from_tensor(p) for n, p in used.named_parameters()}
+            parameters: dict[str, Tensor] = {n: mode.from_tensor(p) for n, p in used.named_parameters()}
             y = torch.func.functional_call(used, parameters, (mode.from_tensor(x),))
         assert isinstance(y, FakeTensor)
         assert torch.equal(used(x), want)

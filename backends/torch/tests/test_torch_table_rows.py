@@ -15,7 +15,7 @@ from torch import Tensor
 B, T, HQ, HKV, D, ROWS = 2, 12, 4, 2, 4, 9
 
 
-def inputs(dtype: torch.dtype = torch.float64, T: int = T) -> dict[str, Tensor]:
+def inputs(dtype: torch.dtype = torch.float64, T: int = T) -> dict[str, Any]:
     make = torch.Generator().manual_seed(5)
 
     def normal(*shape: int) -> Tensor:
@@ -25,7 +25,7 @@ def inputs(dtype: torch.dtype = torch.float64, T: int = T) -> dict[str, Tensor]:
     return tokens | {"swa_weight": normal(HQ, D), "rla_weight": normal(HQ, D)}
 
 
-def table(rows: int) -> dict[str, Tensor]:
+def table(rows: int) -> dict[str, Any]:
     cos, sin = rt.rope_table(torch.arange(rows, dtype=torch.int32), head_dim=D)
     return {"rope_cos": cos, "rope_sin": sin}
 
@@ -137,9 +137,9 @@ def test_a_continuation_past_the_table(window, ragged):  # ERR-16; a row without
     leaves = {n: x.clone().requires_grad_() for n, x in (t | {"cache_k": k, "cache_v": v}).items()}
 
     def call(length: Tensor, lengths: Tensor, M: int) -> tuple[Tensor, ...]:
-        given = {n: x for n, x in leaves.items() if not n.startswith("cache")}
+        given: dict[str, Any] = {n: x for n, x in leaves.items() if not n.startswith("cache")}
         before = rt.Cache(leaves["cache_k"], leaves["cache_v"], cache.state, length)
-        more = {"lengths": lengths} if ragged else {}
+        more: dict[str, Any] = {"lengths": lengths} if ragged else {}
         out, after = rt.rattention_extend(**given, cache=before, window=window, **more, **table(M))
         return out, *after
 
@@ -182,14 +182,15 @@ def test_a_row_that_waits_may_stand_past_the_table():
 
 def layer(**options: Any) -> RAttention:
     torch.manual_seed(0)
-    return RAttention(16, 2, 1, 8, **({"window": 3} | options))
+    given: dict[str, Any] = {"window": 3} | options
+    return RAttention(16, 2, 1, 8, **given)
 
 
 def direct(model: RAttention, x: Tensor, rows: int, **given: Any) -> Tensor:
     """The layer by the functions, with a table of `rows` rows."""
     q, k, v = model._project(x)
     cos, sin = rt.rope_table(torch.arange(rows, dtype=torch.int32), head_dim=8)
-    weights = {"swa_weight": model.swa_weight, "rla_weight": model.rla_weight}
+    weights: dict[str, Any] = {"swa_weight": model.swa_weight, "rla_weight": model.rla_weight}
     out = rt.rattention(q, k, v, **weights, rope_cos=cos, rope_sin=sin, window=3, **given)
     assert isinstance(out, Tensor)
     return model.o_proj(out.flatten(2))

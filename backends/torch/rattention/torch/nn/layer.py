@@ -236,11 +236,11 @@ class RAttention(nn.Module):
 
     def _weights(self, storage: torch.dtype) -> dict[str, Any]:
         """The layer's own parameters, in dtypes that go with q, k, v of `storage`."""
-        weights = {}
+        weights: dict[str, Any] = {}
         for name in ("swa_weight", "rla_weight", "q_scale", "k_scale"):
-            weight = getattr(self, name)
-            fits = weight is None or weight.dtype in (torch.float32, storage)
-            weights[name] = weight if fits else weight.to(torch.float32)  # say float16 beside bfloat16 of autocast
+            weights[name] = weight = getattr(self, name)
+            if weight is not None and weight.dtype not in (torch.float32, storage):
+                weights[name] = weight.to(torch.float32)  # say float16 beside bfloat16 of autocast
         wide = torch.promote_types(storage, torch.float32)
         return weights | {"memory": None if self.memory is None else self.memory.to(wide)}
 
