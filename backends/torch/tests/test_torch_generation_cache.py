@@ -82,13 +82,13 @@ def test_quantised_projections_generate():
 
 @torch.no_grad()
 def test_an_adapter_on_one_projection_generates():
-    """q in float32 beside k and v in 16 bits: they meet in the wider dtype, and so does the cache."""
+    """q and k in float32 beside v in 16 bits: they meet in the dtype of v, and so does the cache."""
     for options in ({}, FULL):
-        model = layer(**options).to(torch.bfloat16)
-        new = {"q_proj": Adapter(model.q_proj), "o_proj": nn.Linear(16, 16)}
-        for name, module in (new | {n: Narrow(getattr(model, n)) for n in ("k_proj", "v_proj")}).items():
-            setattr(model, name, module)
-        assert generates(model, hidden()).tensors.k.dtype == torch.float32
+        model = layer(**options)
+        for name, module in {"q_proj": Adapter, "k_proj": Adapter, "v_proj": Narrow, "o_proj": Narrow}.items():
+            setattr(model, name, module(getattr(model, name)))
+        assert model.new_cache(2).tensors.k.dtype == torch.float32
+        assert generates(model, hidden()).tensors.k.dtype == torch.bfloat16
 
 
 class Narrow(nn.Module):
@@ -96,7 +96,7 @@ class Narrow(nn.Module):
 
     def __init__(self, linear: nn.Module):
         super().__init__()
-        self.linear = linear
+        self.linear = linear.to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.to(torch.bfloat16))

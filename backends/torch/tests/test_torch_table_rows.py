@@ -100,6 +100,13 @@ def test_a_document_longer_than_the_table():  # ERR-16, positions by default
     assert torch.equal(out[~past], want[~past])
 
 
+def test_an_empty_batch_needs_no_rows():  # ERR-12
+    t = {n: x[:0] if n in "qkv" else x for n, x in inputs().items()}
+    ids = torch.zeros(0, T, dtype=torch.int32)
+    for given in ({}, {"segment_ids": ids}, {"positions": ids}, {"positions": ids, "segment_ids": ids}):
+        assert functions("rattention", t, window=2, **given, **table(3)).shape == (0, T, HQ, D)
+
+
 @pytest.mark.parametrize("how", ["compile", "vmap"])
 def test_an_empty_table_serves_padding_alone(how):
     t, ids = inputs(), torch.zeros(B, T, dtype=torch.int32)

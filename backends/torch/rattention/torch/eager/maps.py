@@ -58,6 +58,8 @@ def table_rows(
     """
     if positions is None:
         shape = (B, T, cos.shape[1])
+        if cos.shape[0] < T:  # legal in an empty batch alone: the shapes have been compared
+            return cos.new_empty(shape, dtype=dtype), sin.new_empty(shape, dtype=dtype)
         return cos[:T].to(dtype).expand(shape), sin[:T].to(dtype).expand(shape)
     if cos.shape[0] == 0:
         cos, sin = cos.new_ones(1, cos.shape[1]), sin.new_zeros(1, sin.shape[1])

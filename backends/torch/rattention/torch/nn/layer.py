@@ -224,15 +224,14 @@ class RAttention(nn.Module):
         return self.prefill(x[:, None], cache, lengths=lengths)[:, 0]
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v in one storage dtype: the widest of the three, where quantisation or adapters made them differ."""
+        """q, k, v in one storage dtype, that of v: o_proj goes on from it."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.value_dim))
-        storage = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the projections are 16-bit and the norms are not.
             q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
-        return q.to(storage), k.to(storage), v.to(storage)
+        # Under autocast the projections are 16-bit and the norms are not; quantised layers and adapters differ too.
+        return q.to(v.dtype), k.to(v.dtype), v
 
     def _weights(self, storage: torch.dtype) -> dict[str, Any]:
         """The layer's own parameters, in dtypes that go with q, k, v of `storage`."""
@@ -241,7 +240,7 @@ class RAttention(nn.Module):
             weights[name] = weight = getattr(self, name)
             if weight is not None and weight.dtype not in (torch.float32, storage):
                 weights[name] = weight.to(torch.float32)  # say float16 beside bfloat16 of autocast
-        wide = torch.promote_types(storage, torch.float32)
+        wide = torch.float64 if storage == torch.float64 else torch.float32
         return weights | {"memory": None if self.memory is None else self.memory.to(wide)}
 
     def _rotary(self, rows: int, device: torch.device, *, spare: int = 0, keep: bool = True) -> dict[str, Any]:
