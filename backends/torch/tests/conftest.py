@@ -1,4 +1,7 @@
-"""A dense oracle for the eager form: explicit masks, one row and one document at a time, float64, autograd."""
+"""What tests share: one valid call of every operation, and a dense oracle for the eager form.
+
+The oracle has explicit masks, goes one row and one document at a time, in float64, and gets its gradients by autograd.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     # Triton decides at its first import whether it interprets, and torch.compile imports it too.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from rattention import torch as rt
 
 
 def phi(x: Tensor, name: str) -> Tensor:
@@ -144,3 +149,66 @@ def dense_extend(t: dict[str, Tensor], a: dict[str, Any]) -> tuple[Tensor, ...]:
 def oracle():
     """`oracle(op, tensors, attrs)`: the outputs of one operation by explicit masks, in float64."""
     return dense
+
+
+def every_call() -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """One valid float32 call of each operation with all its optional tensors, under the names of operations.toml."""
+    B, T, Hq, Hkv, D, Dv, w = 2, 6, 4, 2, 4, 3, 2
+    make = torch.Generator().manual_seed(11)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=make)
+
+    def ints(*rows: list[int]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32)
+
+    qkv = {"q": normal(B, T, Hq, D), "k": normal(B, T, Hkv, D), "v": normal(B, T, Hkv, Dv)}
+    weights = {"swa_weight": normal(Hq, Dv), "rla_weight": normal(Hq, Dv)}
+    table = {"rope_cos": normal(12, D // 2), "rope_sin": normal(12, D // 2)}
+    scales = {"q_scale": normal(D), "k_scale": normal(D), "memory": normal(Hq, 2 * D, Dv)}
+    ids = {"segment_ids": ints([1, 1, 2, 2, 2, 0], [0, 3, 3, 3, 3, 3])}
+    positions = {"positions": ints([0, 1, 0, 1, 2, 0], [0, 5, 6, 7, 8, 9])}
+    state = {"initial_state": normal(B, Hkv, 2 * D, Dv)}
+    cache = {
+        "cache_k": normal(B, w, Hkv, D),
+        "cache_v": normal(B, w, Hkv, Dv),
+        "cache_state": normal(B, Hkv, 2 * D, Dv),
+    }
+    cache |= {"cache_length": torch.tensor([4, 1], dtype=torch.int32)}
+    return {
+        "feature_map": ({"x": normal(B, T, Hq, D)}, {}),
+        "rope_table": ({"positions": torch.arange(5, dtype=torch.int32)}, {"head_dim": D}),
+        "sliding_window_attention": (qkv | table | positions | ids, {"window": w}),
+        "residual_linear_attention": (qkv | scales | state | ids, {"window": w}),
+        "rms_mix": ({"swa": normal(B, T, Hq, Dv), "rla": normal(B, T, Hq, Dv)} | weights, {}),
+        "rattention": (qkv | weights | table | positions | ids | scales | state, {"window": w}),
+        "rattention_extend": (
+            qkv | weights | cache | table | scales | {"lengths": torch.tensor([6, 3], dtype=torch.int32)},
+            {"window": w},
+        ),
+    }
+
+
+def public_call(op: str, tensors: dict[str, Any], attributes: dict[str, Any]) -> tuple[Any, ...]:
+    """Call the public function of an operation, the tensors by their names in operations.toml; all outputs, flat."""
+    given = dict(tensors)
+    if op == "rattention_extend":
+        cache = rt.Cache(*(given.pop(f"cache_{x}") for x in ("k", "v", "state", "length")))
+        out, after = rt.rattention_extend(cache=cache, **given, **attributes)
+        return (out, *after)
+    if op in ("rattention", "residual_linear_attention"):
+        attributes = attributes | {"return_final_state": True}
+    out = getattr(rt, op)(**given, **attributes)
+    return out if isinstance(out, tuple) else (out,)
+
+
+@pytest.fixture
+def valid_calls():
+    """`valid_calls[op]`: tensors and attributes of one valid call of each operation."""
+    return every_call()
+
+
+@pytest.fixture
+def public():
+    """`public(op, tensors, attributes)`: all outputs of the public function."""
+    return public_call

@@ -1,17 +1,21 @@
-"""Checks of a public call: shapes, dtypes and attributes always; values where reading them costs nothing.
+"""Checks of a public call: shapes, dtypes, devices and attributes always; values where reading them costs nothing.
 
-Values of segment ids, lengths and positions are looked at on the host alone. A tensor on a device, or one that a
-transformation traces, is looked at only with `check_values=True`: no hidden synchronisation.
+Values of segment ids, lengths and positions are looked at on the host alone. A tensor on a device is looked at only
+with `check_values=True`: no hidden synchronisation. A tensor that a transformation traces cannot be looked at.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rattention.spec import Call, validate
+from rattention.spec import Call, SpecError, Unsupported, validate
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 EXTRA_DTYPES = ("float64",)
 """Storage dtypes of the public functions beyond the specification's: for gradient checks."""
@@ -21,7 +25,7 @@ PRECISIONS = (None, "float32", "tf32")
 
 def check(
     operation: str,
-    tensors: Mapping[str, Tensor | None],
+    tensors: Mapping[str, Any],
     attributes: Mapping[str, Any],
     check_values: bool,
 ) -> Call:
@@ -29,16 +33,53 @@ def check(
 
     Raises:
         SpecError: naming the argument, what was expected and what came.
+        Unsupported: a DTensor; or `check_values` for a tensor whose values cannot be read.
     """
-    host = {}
-    for name, t in tensors.items():
-        if t is None or t.dtype.is_floating_point:
-            continue
-        if t.device.type == "cpu" and plain(t):
-            host[name] = t.numpy()
-        elif check_values:
-            host[name] = t.cpu().numpy()
-    return validate(operation, tensors, attributes, host=host, extra_dtypes=EXTRA_DTYPES)
+    given = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+    for name, t in given.items():
+        refuse_exotic(operation, name, t)
+    integers = {name: t for name, t in given.items() if not t.dtype.is_floating_point}
+    read = {name: t for name, t in integers.items() if on_host(t) or (check_values and has_values(t))}
+    call = validate(
+        operation,
+        tensors,
+        {name: number(value) for name, value in attributes.items()},
+        host={name: t.cpu().numpy() for name, t in read.items()},
+        extra_dtypes=EXTRA_DTYPES,
+        array=("a torch.Tensor", Tensor),
+        devices={name: str(t.device) for name, t in given.items()},
+    )
+    unread = next((name for name in integers if name not in read), None)
+    if check_values and unread is not None:
+        raise Unsupported(f"check_values=True needs the values of {unread}, which is traced or has none")
+    return call
+
+
+def refuse_exotic(operation: str, name: str, t: Tensor) -> None:
+    """Refuse tensors whose elements are not the array that their shape promises (ERR-14), and DTensors."""
+    if is_dtensor(t):
+        raise Unsupported(
+            f"{operation}: {name} is a DTensor. Call with local tensors, each rank with its own batch rows or its own "
+            "heads: DTensor.to_local(), or torch.distributed.tensor.experimental.local_map around the call"
+        )
+    masked = sys.modules.get("torch.masked")
+    kind = (
+        "a nested tensor"
+        if t.is_nested
+        else f"layout {t.layout}"
+        if t.layout is not torch.strided
+        else "a MaskedTensor"
+        if masked is not None and isinstance(t, masked.MaskedTensor)
+        else ""
+    )
+    if kind:
+        raise SpecError(operation, name, "a dense torch.Tensor", kind, "ERR-14")
+
+
+def is_dtensor(t: Any) -> bool:
+    """Whether this is a `torch.distributed.tensor.DTensor`; nobody has one before that module is imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def reduced(precision: str | None) -> bool:
@@ -49,6 +90,42 @@ def reduced(precision: str | None) -> bool:
 
 
 def plain(t: Tensor) -> bool:
-    """A tensor with values of its own: not a subclass such as FakeTensor, and no transformation is at work."""
-    transformed = torch._C._are_functorch_transforms_active()
-    return type(t) is Tensor and not torch.compiler.is_compiling() and not transformed
+    """A tensor of its own: not a subclass such as FakeTensor, and no transformation is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(t) is Tensor and not torch._C._are_functorch_transforms_active()
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether the values of `t` can be read, from a device at the price of waiting for it."""
+    return plain(t) and t.device.type != "meta"
+
+
+def is_empty_shell(t: Tensor) -> bool:
+    """Whether `t` has a shape and no values: on the meta device, or fake, outside of any compilation."""
+    return not torch.compiler.is_compiling() and (t.device.type == "meta" or isinstance(t, FakeTensor))
+
+
+def on_host(t: Tensor) -> bool:
+    """Whether the values of `t` can be read at no cost."""
+    return plain(t) and t.device.type == "cpu"
+
+
+class _NoNumber:
+    """Stands in an attribute's place for a tensor that cannot become a number; validation shows it as what came."""
+
+    def __init__(self, t: Tensor):
+        self.text = f"a tensor of shape {list(t.shape)} on {t.device}: no gradient would reach it, and it is not read"
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def number(value: Any) -> Any:
+    """The number in a tensor on the host that holds one and asks for no gradient; anything but a tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    constant = type(value) in (Tensor, Parameter) and not value.requires_grad and value.ndim == 0
+    if constant and on_host(value.detach()) and forward_ad.unpack_dual(value).tangent is None:
+        return value.item()
+    return _NoNumber(value)

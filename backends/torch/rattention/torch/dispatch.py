@@ -27,20 +27,28 @@ def register(name: str, loader: Callable[[], Implementation]) -> None:
     _loaders[name] = loader
 
 
+def check_name(impl: str | None) -> None:
+    """Refuse a name that no implementation has."""
+    if impl is not None and impl not in _loaders:
+        raise ValueError(f"impl: expected one of {', '.join(_loaders)} or None, got {impl!r}")
+
+
 def choose(impl: str | None, operation: str, tensor: Tensor) -> Callable[..., tuple[Tensor, ...]]:
     """The function that runs `operation` on tensors like `tensor`.
 
     `impl=None` means Triton on CUDA and ROCm tensors where this installation has it, else eager. By name, the
-    kernels also run on CPU tensors where Triton interprets (TRITON_INTERPRET=1).
+    kernels also run on CPU tensors where Triton interprets (TRITON_INTERPRET=1). On the meta device nothing runs:
+    the eager form gives the shapes, which are the same for all.
 
     Raises:
         Unsupported: the implementation named does not run here, with the reason (BCK-3).
         ValueError: no implementation has that name.
     """
-    if impl is None:
+    check_name(impl)
+    if tensor.device.type == "meta":
+        impl = "eager"
+    elif impl is None:
         impl = "triton" if tensor.device.type == "cuda" and _has_triton() else "eager"
-    if impl not in _loaders:
-        raise ValueError(f"impl: expected one of {', '.join(_loaders)} or None, got {impl!r}")
     functions = _loaders[impl]()
     if impl == "triton" and (reason := importlib.import_module("rattention.torch.triton").available(tensor.device)):
         raise Unsupported(f"impl='triton': {reason}")

@@ -12,8 +12,14 @@ Common arguments:
         reduced-precision passes to PyTorch's own setting.
     check_values: look at the values of integer tensors too when they live on a device (this synchronises).
 
+Values of positions that are not looked at give NaN where the rotary table has no row for them (ERR-16).
+
 Common errors: `rattention.spec.SpecError`, a ValueError, for a call that breaks the specification (ERR-1 .. ERR-11),
-and `rattention.spec.Unsupported` for a valid call that the chosen implementation lacks.
+for what is no tensor (ERR-14) and for tensors on two devices (ERR-15). `rattention.spec.Unsupported` for a valid call
+that the chosen implementation lacks, for DTensors, and for `check_values` where values cannot be read. Attributes are
+numbers: a tensor in their place that requires grad, or that is traced, is refused (ERR-5).
+
+On the `meta` device and on fake tensors the outputs have their shapes, and nothing is computed.
 """
 
 from __future__ import annotations
@@ -22,9 +28,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rattention.spec import SpecError
 from rattention.torch.arguments import check, reduced
 from rattention.torch.cache import Cache
 from rattention.torch.dispatch import choose
+from rattention.torch.eager.chunks import no_autocast
 from torch import Tensor
 
 
@@ -39,7 +47,7 @@ def _call(
     call = check(operation, tensors, attributes, check_values)
     first = next(t for t in tensors.values() if t is not None)
     run = choose(impl, operation, first)
-    with torch.autocast(first.device.type, enabled=False):  # dtypes are the specification's, not autocast's
+    with no_autocast(first.device):  # dtypes are the specification's, not autocast's
         return run(**tensors, **call.attributes, reduced=reduced(precision))
 
 
@@ -265,6 +273,8 @@ def rattention_extend(
     Returns:
         `[B, T, Hq, Dv]`, and the cache after the new tokens.
     """
+    if not isinstance(cache, Cache):
+        raise SpecError("rattention_extend", "cache", "a rattention.torch.Cache", type(cache).__qualname__, "ERR-14")
     tensors = dict(
         q=q,
         k=k,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -40,6 +41,14 @@ def spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
         yield lo, min(lo + step, stop)
 
 
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off for `device`. Devices that know no autocast, such as meta, have nothing to switch."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
+
+
 @contextmanager
 def full_precision(device: torch.device, reduced: bool) -> Iterator[None]:
     """Keep float32 products in float32 under autocast, and where the program allows TF32 or bfloat16 passes (NUM-2).
@@ -47,7 +56,7 @@ def full_precision(device: torch.device, reduced: bool) -> Iterator[None]:
     `reduced` leaves the second, PyTorch's own setting, alone: the caller has asked for less.
     """
     before = torch.get_float32_matmul_precision()
-    with torch.autocast(device.type, enabled=False):
+    with no_autocast(device):
         if reduced or before == "highest":
             yield
             return

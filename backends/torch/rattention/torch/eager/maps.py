@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WITH_FLOAT64 = ("cpu", "cuda", "meta")
+"""Device types of which every device has float64. MPS and NPUs have none, XPUs have it on some models."""
+
 
 def phi(x: Tensor, feature_map: str) -> Tensor:
     """`[..., D]` -> `[..., F]` in the dtype of `x` (FM-1 .. FM-3)."""
@@ -34,10 +37,15 @@ def phi_backward(x: Tensor, out: Tensor, d_out: Tensor, feature_map: str) -> Ten
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2j/D), `[M, D/2]` float32, computed in float64 (ROPE-1, ROPE-2)."""
-    j = torch.arange(head_dim // 2, dtype=torch.float64, device=positions.device)
-    angles = positions.to(torch.float64)[:, None] * theta ** (-2.0 * j / head_dim)
-    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
+    """cos and sin of position * theta^(-2j/D), `[M, D/2]` float32, computed in float64 (ROPE-1, ROPE-2).
+
+    On a device without float64 the CPU computes the table.
+    """
+    device = positions.device
+    where = device if device.type in WITH_FLOAT64 else torch.device("cpu")
+    j = torch.arange(head_dim // 2, dtype=torch.float64, device=where)
+    angles = positions.to(where).to(torch.float64)[:, None] * theta ** (-2.0 * j / head_dim)
+    return angles.cos().to(torch.float32).to(device), angles.sin().to(torch.float32).to(device)
 
 
 def table_rows(
@@ -45,14 +53,17 @@ def table_rows(
 ) -> tuple[Tensor, Tensor]:
     """Rows of the table for each token, `[B, T, D/2]`. Without `positions`, token t takes row t.
 
-    Callers bring positions of inert tokens into the table; a table without rows serves when no token is live.
+    A position outside the table takes the nearest row, and any row serves a token that is not live: no index is ever
+    out of bounds. Callers replace what comes of the first by NaN (ERR-16).
     """
     if positions is None:
         shape = (B, T, cos.shape[1])
+        if cos.shape[0] < T:  # legal in an empty batch alone: the shapes have been compared
+            return cos.new_empty(shape, dtype=dtype), sin.new_empty(shape, dtype=dtype)
         return cos[:T].to(dtype).expand(shape), sin[:T].to(dtype).expand(shape)
     if cos.shape[0] == 0:
         cos, sin = cos.new_ones(1, cos.shape[1]), sin.new_zeros(1, sin.shape[1])
-    index = positions.long()
+    index = positions.long().clamp(0, cos.shape[0] - 1)
     return cos[index].to(dtype), sin[index].to(dtype)
 
 

@@ -44,7 +44,7 @@ def sliding_window_attention(
     docs, (qf, kf, vf) = _open(segment_ids, q, k, v)
     table = _table(rope_cos, rope_sin, positions, docs, qf)
     out = softmax_branch(qf, kf, vf, Softmax(table, table, _groups(docs), window, scale), reduced)
-    return (_close(docs, out, q.dtype),)
+    return (_close(docs, _rowless(out, rope_cos, positions, docs, window), q.dtype),)
 
 
 def residual_linear_attention(
@@ -102,6 +102,7 @@ def rattention(
     softmax = Softmax(table, table, _groups(docs), window, scale)
     linear = Linear(q_scale, k_scale, memory, initial_state, keys, groups, window == -1, feature_map)
     out, state = both_branches(qf, kf, vf, swa_weight, rla_weight, softmax, linear, eps, reduced)
+    out = _rowless(out, rope_cos, positions, docs, window)
     return _close(docs, out, q.dtype), _last(docs, state, keys)
 
 
@@ -139,10 +140,10 @@ def rattention_extend(
     # The next cache is taken from these too, so that all gradients of a token meet in float32 (GRAD-3).
     kf, vf = (keep(live, torch.cat((old, x), 1)).to(dtype) for old, x in ((cache_k, k), (cache_v, v)))
 
-    q_table = k_table = None
+    q_table = k_table = rows = None
     if rope_cos is not None and rope_sin is not None:
+        # Keys that stand in the cache beside no new token have no reader, so the table may lack their rows.
         rows = cache_length[:, None] + (slots - W)
-        rows = torch.where(live, rows, 0).clamp(max=max(rope_cos.shape[0] - 1, 0))
         cos, sin = table_rows(rope_cos, rope_sin, rows, rows.shape[0], W + T, dtype)
         q_table, k_table = (cos[:, W:], sin[:, W:]), (cos, sin)
     # The first T slots are those that new tokens push out of the cache, so the window is the shift between key j and
@@ -155,6 +156,9 @@ def rattention_extend(
     softmax = Softmax(q_table, k_table, (live[:, W:], live), window, scale)
     linear = Linear(q_scale, k_scale, memory, cache_state, pushed, owners, window == -1, feature_map)
     out, state = both_branches(qf, kf, vf, swa_weight, rla_weight, softmax, linear, eps, reduced)
+    if rows is not None and rope_cos is not None:
+        # Positions rise along a row: where a cached key lacks its row, so does every token that reads it.
+        out = _unknown(_outside(rows[:, W:], rope_cos), out)
     if lengths is not None:
         out = keep(live[:, W:], out)
     kept = W if window is not None else W + T
@@ -196,6 +200,39 @@ def _table(cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, doc
     if docs is not None:
         positions = docs.index if positions is None else torch.where(docs.live, positions, 0)
     return table_rows(cos, sin, positions, q.shape[0], q.shape[1], q.dtype)
+
+
+def _rowless(
+    out: Tensor, cos: Tensor | None, positions: Tensor | None, docs: Documents | None, window: int | None
+) -> Tensor:
+    """`out [B, T, Hq, Dv]` with NaN for live tokens that have no row in the table or read a key that has none (ERR-16).
+
+    A selection after the branches: NaN in the table would reach, through the products of a tile, the gradients of
+    tokens that have nothing to do with it.
+    """
+    T = out.shape[1]
+    if cos is None or (positions is None and (docs is None or cos.shape[0] >= T)):
+        return out  # without documents positions are 0 .. T-1, and the shapes have shown that these are rows
+    t = torch.arange(T, device=out.device)
+    if docs is None:
+        outside, behind = _outside(positions, cos), t
+    else:
+        outside, behind = docs.live & _outside(docs.index if positions is None else positions, cos), docs.index
+    if window is not None:
+        behind = behind.clamp(max=max(window, 0))
+    latest = torch.where(outside, t, -1).cummax(1).values
+    return _unknown(latest >= t - behind, out)
+
+
+def _outside(positions: Tensor | None, cos: Tensor) -> Tensor:
+    """Which positions have no row."""
+    assert positions is not None
+    return (positions < 0) | (positions >= cos.shape[0])
+
+
+def _unknown(tokens: Tensor, out: Tensor) -> Tensor:
+    """`out [B, T, ...]` with NaN for the `tokens [B, T]`."""
+    return torch.where(tokens[:, :, None, None], torch.nan, out)
 
 
 def _groups(docs: Documents | None) -> Pair:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
+from rattention.spec import SpecError
+from rattention.torch.arguments import has_values, is_empty_shell, on_host, plain
 from rattention.torch.cache import Cache
 from torch import Tensor
 
@@ -10,30 +17,164 @@ from torch import Tensor
 class GenerationCache:
     """What one layer remembers of a batch of sequences. Each row has its own length; a finished row can be reset.
 
-    Attributes:
+    Args:
         tensors: the canonical `rattention.torch.Cache`.
-        limit: an upper bound on the length of every row, kept on the host so that no call has to read a device.
+        limit: an upper bound on the length of every row. Without it the lengths are read, from a device too.
+        adopts_dtype: the first call, and the first after `reset()`, may change the storage dtype to that of its q, k
+            and v. `RAttention.new_cache` sets it where its caller names no dtype.
+
+    Attributes:
+        limit: the bound, kept on the host so that no call has to read a device. It falls when rows are reset. On the
+            CPU it is the length of the longest row.
+
+    Raises:
+        SpecError: what is given is no `Cache` (ERR-14).
+        ValueError: no `limit`, and lengths that a transformation traces.
     """
 
-    def __init__(self, tensors: Cache):
-        self.tensors = tensors
-        self.limit = int(tensors.length.max()) if tensors.length.numel() else 0
+    def __init__(self, tensors: Cache, *, limit: int | None = None, adopts_dtype: bool = False):
+        if not isinstance(tensors, Cache):
+            got = type(tensors).__qualname__
+            raise SpecError("GenerationCache", "tensors", "a rattention.torch.Cache", got, "ERR-14")
+        if limit is None and not has_values(tensors.length) and not is_empty_shell(tensors.length):
+            raise ValueError("GenerationCache: limit: expected the longest length, since lengths are traced, got None")
+        self._tensors, self._adopts_dtype = tensors, adopts_dtype
+        self._lags: dict[int, int] = {}  # row b has at most limit - _lags.get(b, 0) tokens
+        self._exact = True
+        self.limit = 0 if limit is None else limit
+        if limit is None:
+            self.read_lengths()
+
+    @property
+    def tensors(self) -> Cache:
+        """The canonical cache. Setting it, say with the rows in another order, sets `limit` anew from its lengths.
+        Where these are traced `limit` stays, and no row may be longer than that."""
+        return self._tensors
+
+    @tensors.setter
+    def tensors(self, tensors: Cache) -> None:
+        self._tensors, self._lags, self._exact = tensors, {}, False
+        self.read_lengths()
 
     @property
     def length(self) -> Tensor:
         """`[B]` int32: tokens seen so far in each row."""
-        return self.tensors.length
+        return self._tensors.length
 
-    def update(self, tensors: Cache, tokens: int) -> None:
-        """Take the cache after a call with at most `tokens` new tokens per row."""
-        self.tensors, self.limit = tensors, self.limit + tokens
+    def read_lengths(self) -> None:
+        """Set `limit` to the length of the longest row. This waits for a device; lengths without values are left."""
+        if has_values(self.length):
+            self.limit = max(self.length.tolist(), default=0)
+            self._lags, self._exact = {}, True
 
-    def reset(self, rows: int | list[int] | Tensor | None = None) -> None:
-        """Forget everything in `rows` (indices or a `[B]` bool mask; default all), so that they start new sequences."""
-        batch = self.tensors.length.shape[0]
-        gone = torch.zeros(batch, dtype=torch.bool, device=self.tensors.length.device)
-        gone[slice(None) if rows is None else rows] = True
-        k, v, state, length = (torch.where(gone.view(-1, *(1,) * (x.ndim - 1)), 0, x) for x in self.tensors)
-        self.tensors = Cache(k, v, state, length)
-        if rows is None:
-            self.limit = 0
+    def update(self, tensors: Cache, tokens: int, *, ragged: bool = False) -> None:
+        """Take the cache after a call with at most `tokens` new tokens per row; `ragged` if some rows had fewer."""
+        self._tensors, self.limit = tensors, self.limit + tokens
+        if on_host(tensors.length):
+            self.read_lengths()
+        elif ragged:
+            self._exact = False
+
+    def rows_for(self, tokens: int, rows: int) -> int:
+        """How many rows a rotary table needs for `tokens` more tokens, if it has `rows` now.
+
+        Rows that wait let the bound run ahead of the lengths. So before a table grows for a bound that may be too high,
+        the lengths are read.
+        """
+        if self.limit + tokens > rows and not self._exact and not _capturing(self.length.device):
+            self.read_lengths()
+        return self.limit + tokens
+
+    def adopt(self, q: Tensor) -> None:
+        """Take the storage dtype of `q` if nothing has been stored yet.
+
+        Raises:
+            SpecError: the cache has another dtype and keeps it, because it holds tokens or its maker chose the dtype.
+        """
+        k, v, state, length = self._tensors
+        if k.dtype == q.dtype:
+            return
+        if self.limit > 0 or not self._adopts_dtype:
+            came, has = (str(x.dtype).removeprefix("torch.") for x in (q, k))
+            why = "one autocast setting for all calls" if self.limit > 0 else "or new_cache without dtype"
+            raise SpecError(
+                "RAttention", "cache", f"storage dtype {came}, that of q, k and v in this call ({why})", has, "ERR-4"
+            )
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self._tensors = Cache(k.to(q.dtype), v.to(q.dtype), state.to(wide), length)
+
+    def reset(self, rows: int | Sequence[int] | Sequence[bool] | np.ndarray | Tensor | None = None) -> None:
+        """Forget everything in `rows`, so that they start new sequences.
+
+        Args:
+            rows: an index, indices (negative ones count from the end, none resets nothing), or a bool mask `[B]`;
+                default all. A tensor on a device is read, which waits for it; a traced one has to be a mask.
+
+        Raises:
+            IndexError: an index outside the batch, or a mask of another length.
+            TypeError: neither indices nor bools.
+        """
+        k = self._tensors.k
+        batch = k.shape[0]
+        if isinstance(rows, Tensor) and not plain(rows):
+            if rows.dtype != torch.bool or rows.shape != (batch,):
+                raise TypeError(
+                    f"reset: rows: expected a bool mask [B={batch}] where rows are traced, got {_kind(rows)}"
+                )
+            gone, indices = rows, []
+        else:
+            mask = [True] * batch if rows is None else _mask(rows, batch)
+            gone = torch.tensor(mask, dtype=torch.bool, device=k.device)
+            indices = [b for b in range(batch) if mask[b]]
+        cleared = (torch.where(gone.view(-1, *(1,) * (x.ndim - 1)), 0, x) for x in self._tensors)
+        self._tensors = Cache(*cleared)
+        self._lags |= dict.fromkeys(indices, self.limit)
+        if self._lags and len(self._lags) == batch:  # no row is as long as the bound any more
+            surplus = min(self._lags.values())
+            self.limit -= surplus
+            self._lags = {b: lag - surplus for b, lag in self._lags.items()}
+        if on_host(self.length):
+            self.read_lengths()
+
+
+def _kind(rows: Any) -> str:
+    dtype = getattr(rows, "dtype", None)
+    return type(rows).__qualname__ if dtype is None else f"{dtype} {list(rows.shape)}"
+
+
+def _mask(rows: Any, batch: int) -> list[bool]:
+    """Which of the `batch` rows are meant."""
+    wrong = TypeError(f"reset: rows: expected indices or a bool mask [B={batch}], got {_kind(rows)}")
+    if isinstance(rows, np.ma.MaskedArray | str | bytes | bool | np.bool_):
+        raise wrong
+    if isinstance(rows, Tensor | np.ndarray):
+        if rows.ndim == 0:
+            rows = [rows.item()]
+        elif rows.ndim > 1:
+            raise wrong
+        elif rows.dtype in (torch.bool, np.bool_) and len(rows) != batch:
+            raise IndexError(f"reset: rows: expected a bool mask [B={batch}], got {len(rows)} entries")
+        else:
+            rows = rows.tolist()
+    try:
+        rows = [operator.index(rows)] if hasattr(rows, "__index__") else list(rows)
+        bools = sum(isinstance(row, bool | np.bool_) for row in rows)
+        indices = [] if bools else [operator.index(row) for row in rows]
+    except TypeError:
+        raise wrong from None
+    if bools:
+        if bools != len(rows):
+            raise wrong
+        if bools != batch:
+            raise IndexError(f"reset: rows: expected a bool mask [B={batch}], got {bools} entries")
+        return [bool(row) for row in rows]
+    outside = next((i for i in indices if not -batch <= i < batch), None)
+    if outside is not None:
+        raise IndexError(f"reset: rows: expected indices below the batch of B={batch}, got {outside}")
+    chosen = {i % batch for i in indices}
+    return [b in chosen for b in range(batch)]
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded, in which nothing may be read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rattention.torch.arguments import plain
+from rattention.spec import SpecError
+from rattention.torch.arguments import is_empty_shell, plain
 from rattention.torch.cache import Cache
 from rattention.torch.functions import rattention, rattention_extend, rope_table
+from rattention.torch.nn import checks
 from rattention.torch.nn.cache import GenerationCache
 from torch import Tensor, nn
 
@@ -64,26 +66,43 @@ class RAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        value_dim = head_dim if value_dim is None else value_dim
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim, self.value_dim = head_dim, value_dim
-        self.window, self.feature_map, self.eps = window, feature_map, eps
-        self.rope_theta, self.impl = rope_theta, impl
+        self.hidden_size = hidden_size = checks.size("hidden_size", hidden_size)
+        self.num_heads = num_heads = checks.size("num_heads", num_heads)
+        self.num_kv_heads = num_kv_heads = checks.size("num_kv_heads", num_kv_heads)
+        self.head_dim = head_dim = checks.size("head_dim", head_dim)
+        self.value_dim = value_dim = head_dim if value_dim is None else checks.size("value_dim", value_dim)
+        checks.flags(qk_norm=qk_norm, qk_scale=qk_scale, memory=memory, bias=bias)
+        self.window, self.feature_map, self.eps, self.rope_theta = checks.attributes(
+            num_heads, num_kv_heads, head_dim, window, feature_map, eps, rope_theta, impl
+        )
+        self.impl = impl
         where = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **where)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **where)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * value_dim, bias=bias, **where)
         self.o_proj = nn.Linear(num_heads * value_dim, hidden_size, bias=bias, **where)
-        self.q_norm = nn.RMSNorm(head_dim, eps=eps, **where) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=eps, **where) if qk_norm else None
-        self.swa_weight = nn.Parameter(torch.ones(num_heads, value_dim, **where))
-        self.rla_weight = nn.Parameter(torch.ones(num_heads, value_dim, **where))
-        self.q_scale = nn.Parameter(torch.ones(head_dim, **where)) if qk_scale else None
-        self.k_scale = nn.Parameter(torch.ones(head_dim, **where)) if qk_scale else None
-        features = head_dim if feature_map == "identity" else 2 * head_dim
-        shape = (num_heads, features, value_dim)
-        self.memory = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32)) if memory else None
-        self._table: tuple[Tensor, Tensor] | None = None
+        self.q_norm = nn.RMSNorm(head_dim, eps=self.eps, **where) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=self.eps, **where) if qk_norm else None
+        self.swa_weight = nn.Parameter(torch.empty(num_heads, value_dim, **where))
+        self.rla_weight = nn.Parameter(torch.empty(num_heads, value_dim, **where))
+        self.q_scale = nn.Parameter(torch.empty(head_dim, **where)) if qk_scale else None
+        self.k_scale = nn.Parameter(torch.empty(head_dim, **where)) if qk_scale else None
+        shape = (num_heads, head_dim if feature_map == "identity" else 2 * head_dim, value_dim)
+        wide = torch.promote_types(self.swa_weight.dtype, torch.float32)
+        self.memory = nn.Parameter(torch.empty(shape, device=device, dtype=wide)) if memory else None
+        self._table: tuple[Tensor, Tensor, float] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameters that the layer itself owns: gains and scales to 1, the memory to 0.
+
+        The projections and norms have a `reset_parameters` of their own, as PyTorch's layers do.
+        """
+        for gain in (self.swa_weight, self.rla_weight, self.q_scale, self.k_scale):
+            if gain is not None:
+                nn.init.ones_(gain)
+        if self.memory is not None:
+            nn.init.zeros_(self.memory)
 
     def forward(
         self,
@@ -98,16 +117,28 @@ class RAttention(nn.Module):
         Args:
             segment_ids: `[B, T]` int32, packed documents; 0 is padding, whose output is o_proj of zeros.
             positions: `[B, T]` int32 for the rotary embedding; default: index within the segment.
-            max_position: largest value in `positions`, default T - 1.
+            max_position: the largest of `positions`. Needed where these cannot be read at no cost, on a device and
+                while they are traced; a live token beyond the table then gets NaN (ERR-16).
+
+        Raises:
+            SpecError: a call that breaks the specification, or parameters on another device than `x` (ERR-15).
+            ValueError: no `max_position` where it is needed.
         """
+        checks.hidden_states(x, ("B", "T", "hidden"), self.hidden_size)
+        checks.tensor("positions", positions)
+        checks.tensor("segment_ids", segment_ids)
+        checks.parameters_beside(self, x)
         q, k, v = self._project(x)
-        rows = x.shape[1] if max_position is None else max_position + 1
+        rotary = {}
+        if self.rope_theta is not None:
+            needed = checks.table_rows(x.shape[1], positions, segment_ids, max_position)
+            rotary = self._rotary(needed, x.device, keep=not is_empty_shell(x))
         out = rattention(
             q,
             k,
             v,
-            **self._weights(),
-            **self._rotary(rows, x.device),
+            **self._weights(q.dtype),
+            **rotary,
             positions=positions,
             segment_ids=segment_ids,
             window=self.window,
@@ -121,8 +152,15 @@ class RAttention(nn.Module):
     def new_cache(
         self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> GenerationCache:
-        """An empty cache for `batch` sequences; dtype and device are those of the projections unless given."""
-        weight = self.k_proj.weight
+        """An empty cache for `batch` sequences.
+
+        Args:
+            dtype: storage dtype, which the cache then keeps. By default it is that of autocast or else of the gains,
+                and the first call changes it to that of q, k and v: they may come from quantised projections.
+            device: that of the gains unless given.
+        """
+        gain = self.swa_weight
+        where = gain.device if device is None else torch.device(device)
         cache = Cache.empty(
             batch,
             window=self.window,
@@ -130,65 +168,99 @@ class RAttention(nn.Module):
             head_dim=self.head_dim,
             value_dim=self.value_dim,
             feature_map=self.feature_map,
-            dtype=weight.dtype if dtype is None else dtype,
-            device=weight.device if device is None else device,
+            dtype=_computes_in(gain.dtype, where) if dtype is None else dtype,
+            device=where,
         )
-        return GenerationCache(cache)
+        return GenerationCache(cache, limit=0, adopts_dtype=dtype is None)
 
     def prefill(self, x: Tensor, cache: GenerationCache, *, lengths: Tensor | None = None) -> Tensor:
         """Continue the sequences in `cache` by `x [B, T, hidden]` and update it: a prompt, or a piece of one.
 
         `lengths [B]` int32 says how many of the T tokens of each row are real: the rest is ignored, wherever the row
         stands. A row with length 0 waits.
+
+        Raises:
+            SpecError: a call that breaks the specification, parameters or a cache on another device than `x` (ERR-15),
+                or a cache that holds another storage dtype than this call computes in (ERR-4).
         """
+        checks.hidden_states(x, ("B", "T", "hidden"), self.hidden_size)
+        checks.tensor("lengths", lengths)
+        if not isinstance(cache, GenerationCache):
+            got = type(cache).__qualname__
+            raise SpecError(checks.LAYER, "cache", "a GenerationCache, as new_cache makes it", got, "ERR-14")
+        checks.parameters_beside(self, x)
         q, k, v = self._project(x)
+        cache.adopt(q)
+        rotary = {}
+        if self.rope_theta is not None:
+            has = 0 if self._table is None else self._table[0].shape[0]
+            # Twice the rows needed, so that generation does not ask again at every token.
+            needed = cache.rows_for(x.shape[1], has)
+            rotary = self._rotary(needed, x.device, spare=needed, keep=not is_empty_shell(x))
         out, after = rattention_extend(
             q,
             k,
             v,
             cache=cache.tensors,
             lengths=lengths,
-            **self._weights(),
-            **self._rotary(cache.limit + x.shape[1], x.device),
+            **self._weights(q.dtype),
+            **rotary,
             window=self.window,
             feature_map=self.feature_map,
             eps=self.eps,
             impl=self.impl,
         )
-        cache.update(after, x.shape[1])
+        cache.update(after, x.shape[1], ragged=lengths is not None)
         return self.o_proj(out.flatten(2))
 
     def step(self, x: Tensor, cache: GenerationCache, *, active: Tensor | None = None) -> Tensor:
         """One token per row: `x [B, hidden]` -> `[B, hidden]`. Rows where `active [B]` is false or 0 wait."""
-        lengths = None if active is None else active.to(torch.int32)
+        checks.hidden_states(x, ("B", "hidden"), self.hidden_size)
+        checks.tensor("active", active)
+        if active is not None and active.dtype.is_floating_point:
+            dtype = str(active.dtype).removeprefix("torch.")
+            raise SpecError(checks.LAYER, "active", "bools or integers [B]", dtype, "ERR-4")
+        lengths = None if active is None else (active != 0).to(torch.int32)
         return self.prefill(x[:, None], cache, lengths=lengths)[:, 0]
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v in one storage dtype, that of v: o_proj goes on from it."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.value_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast the projections are 16-bit and the norms are not: q, k and v share one storage dtype again.
-            q = self.q_norm(q.to(self.q_norm.weight.dtype)).to(v.dtype)
-            k = self.k_norm(k.to(self.k_norm.weight.dtype)).to(v.dtype)
-        return q, k, v
+            q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
+        # Under autocast the projections are 16-bit and the norms are not; quantised layers and adapters differ too.
+        return q.to(v.dtype), k.to(v.dtype), v
 
-    def _weights(self) -> dict[str, Any]:
-        memory = None if self.memory is None else self.memory.float()
-        weights = {"swa_weight": self.swa_weight, "rla_weight": self.rla_weight}
-        return weights | {"q_scale": self.q_scale, "k_scale": self.k_scale, "memory": memory}
+    def _weights(self, storage: torch.dtype) -> dict[str, Any]:
+        """The layer's own parameters, in dtypes that go with q, k, v of `storage`."""
+        weights: dict[str, Any] = {}
+        for name in ("swa_weight", "rla_weight", "q_scale", "k_scale"):
+            weights[name] = weight = getattr(self, name)
+            if weight is not None and weight.dtype not in (torch.float32, storage):
+                weights[name] = weight.to(torch.float32)  # say float16 beside bfloat16 of autocast
+        wide = torch.float64 if storage == torch.float64 else torch.float32
+        return weights | {"memory": None if self.memory is None else self.memory.to(wide)}
 
-    def _rotary(self, rows: int, device: torch.device) -> dict[str, Any]:
-        """Tables with at least `rows` rows, kept for the next call. No buffers: `.to(dtype)` must not round them."""
-        if self.rope_theta is None:
-            return {}
-        table = self._table
-        if table is None or table[0].shape[0] < rows or table[0].device != device:
-            # Twice the rows needed, so that generation does not ask again at every token.
-            count = rows if torch.compiler.is_compiling() else max(256, 2 * rows)
+    def _rotary(self, rows: int, device: torch.device, *, spare: int = 0, keep: bool = True) -> dict[str, Any]:
+        """Tables with at least `rows` rows, and with `spare` more if they are new. No buffers: `.to(dtype)` must not
+        round them. With `keep` the last table serves again, and a new one is kept for the next call."""
+        theta = self.rope_theta
+        assert theta is not None
+        table = self._table if keep else None
+        if table is None or table[0].shape[0] < rows or table[0].device != device or table[2] != theta:
+            count = rows if torch.compiler.is_compiling() else max(256, rows + spare)
             with torch.inference_mode(False):  # or a later training step could not save the table for backward
                 positions = torch.arange(count, dtype=torch.int32, device=device)
-                table = rope_table(positions, head_dim=self.head_dim, theta=self.rope_theta)
-            if plain(table[0]):
+                table = (*rope_table(positions, head_dim=self.head_dim, theta=theta), theta)
+            if keep and plain(table[0]):
                 self._table = table
         return {"rope_cos": table[0], "rope_sin": table[1]}
+
+
+def _computes_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of products of tensors of `dtype`: autocast's where it is on, except for float64."""
+    kind = device.type
+    on = dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else dtype

@@ -1,0 +1,144 @@
+"""What a layer accepts: numbers and names when it is made, tensors and devices when it is called."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from rattention.spec import SpecError, Unsupported, validate
+from rattention.torch.arguments import is_dtensor, is_empty_shell, number, on_host, refuse_exotic
+from rattention.torch.dispatch import check_name
+from torch import Tensor, nn
+
+LAYER = "RAttention"
+
+
+def size(name: str, value: Any) -> int:
+    """`value` as an int >= 1."""
+    try:
+        count = 0 if isinstance(value, bool | Tensor) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise SpecError(LAYER, name, "an int >= 1", repr(value), "ERR-5")
+    return count
+
+
+def flags(**values: Any) -> None:
+    """Each of them True or False: a size in their place would pass for True."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise SpecError(LAYER, name, "True or False", repr(value), "ERR-5")
+
+
+def attributes(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    feature_map: str,
+    eps: float,
+    theta: float | None,
+    impl: str | None,
+) -> tuple[int | None, str, float, float | None]:
+    """Window, feature map, eps and rope_theta as the operations take them.
+
+    Raises:
+        SpecError: the first that no call could have, in the words of the specification.
+        ValueError: no implementation is called `impl`.
+    """
+    if heads % kv_heads:
+        raise SpecError(LAYER, "num_heads", f"a multiple of num_kv_heads={kv_heads}", str(heads), "ERR-6")
+    if theta is not None and head_dim % 2:
+        raise SpecError(
+            LAYER, "head_dim", "an even size to rotate in pairs, or rope_theta=None", str(head_dim), "ERR-7"
+        )
+    check_name(impl)
+    shell = torch.empty(1, 1, 1, 1, dtype=torch.float32, device="meta")
+    given = dict.fromkeys("qkv", shell) | dict.fromkeys(("swa_weight", "rla_weight"), shell[0, 0])
+    try:
+        taken = validate(
+            "rattention", given, {"window": number(window), "feature_map": feature_map, "eps": number(eps)}
+        ).attributes
+        if theta is not None:
+            positions = {"positions": torch.empty(0, dtype=torch.int32, device="meta")}
+            theta = validate("rope_table", positions, {"head_dim": head_dim, "theta": number(theta)}).attributes[
+                "theta"
+            ]
+    except SpecError as e:
+        name = "rope_theta" if e.argument == "theta" else e.argument
+        raise SpecError(LAYER, name, e.expected, e.got, e.clause) from None
+    return taken["window"], taken["feature_map"], taken["eps"], theta
+
+
+def tensor(name: str, value: Any) -> None:
+    """Refuse what is no tensor (ERR-14). None passes: it stands for an absent one."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        got = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise SpecError(LAYER, name, "a torch.Tensor", got, "ERR-14")
+    refuse_exotic(LAYER, name, value)
+
+
+def hidden_states(x: Any, axes: tuple[str, ...], hidden_size: int) -> None:
+    """Refuse an `x` that is no tensor of these axes, the last of which is `hidden_size`."""
+    if x is None:
+        raise SpecError(LAYER, "x", "a torch.Tensor", "none", "ERR-14")
+    tensor("x", x)
+    if x.ndim != len(axes) or x.shape[-1] != hidden_size:
+        shape = ", ".join((*axes[:-1], f"{axes[-1]}={hidden_size}"))
+        raise SpecError(LAYER, "x", f"shape [{shape}]", str(list(x.shape)), "ERR-3")
+
+
+def parameters_beside(layer: nn.Module, x: Tensor) -> None:
+    """Refuse parameters that are not where `x` is (ERR-15), such as those that a partial load left on meta.
+
+    A product of a tensor on the CPU and a weight on meta gives memory that nobody wrote, without an error. Submodules
+    of other classes than PyTorch's, and those with hooks, may place their parameters when they run: they look for
+    themselves. So does a graph while it is traced.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for path, module in layer.named_modules():
+        if module is not layer and not _reads_its_parameters_as_they_are(module):
+            continue
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if is_dtensor(parameter) and not is_dtensor(x):
+                raise Unsupported(
+                    f"{LAYER}: {name} is a DTensor and x is not. FSDP2 gathers parameters in forward alone, so tell it "
+                    "about prefill and step: torch.distributed.fsdp.register_fsdp_forward_method(layer, 'prefill'). "
+                    "Other shardings need local tensors"
+                )
+            if parameter.device != x.device:
+                raise SpecError(LAYER, name, f"device {x.device}, that of x", str(parameter.device), "ERR-15")
+
+
+def _reads_its_parameters_as_they_are(module: nn.Module) -> bool:
+    plain = type(module).forward in (nn.Linear.forward, nn.RMSNorm.forward) and "forward" not in vars(module)
+    return plain and not module._forward_pre_hooks
+
+
+def table_rows(T: int, positions: Tensor | None, segment_ids: Tensor | None, max_position: int | None) -> int:
+    """How many rows the rotary table of a call needs.
+
+    Raises:
+        ValueError: `positions` cannot be read at no cost, and there is no `max_position`.
+    """
+    if max_position is not None and (isinstance(max_position, bool) or operator.index(max_position) < 0):
+        raise ValueError(f"max_position: expected an int >= 0, got {max_position!r}")
+    if positions is None:
+        return T
+    rows = 0 if max_position is None else max_position + 1
+    if on_host(positions) and (segment_ids is None or on_host(segment_ids)):
+        live = positions
+        if segment_ids is not None and segment_ids.shape == positions.shape:
+            live = positions[segment_ids != 0]
+        return max(rows, int(live.max()) + 1 if live.numel() else 0)
+    if max_position is None and not is_empty_shell(positions):
+        raise ValueError(
+            "max_position: expected the largest of positions, for the rotary table, got None: "
+            f"positions on {positions.device} are read neither from a device nor while they are traced"
+        )
+    return max(rows, 1)
