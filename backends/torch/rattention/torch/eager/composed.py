@@ -4,7 +4,7 @@ The kernels of `band`, `scan`, `mix` and `fused` write into buffers and have a b
 cannot look inside, so it cannot differentiate that backward pass. What lies beyond the first derivative (Hessian
 products, gradient penalties, meta-learning, forward mode) is taken from the functions here instead; `derivatives` says
 how. They take the arguments of the kernels, walk over the same kind of chunks, and mean the same. What autograd keeps
-of them is linear in T, but several times what the kernels keep.
+of them is linear in T.
 """
 
 from __future__ import annotations
