@@ -57,9 +57,15 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`, tuples aside."""
+    """The inverse of `to_json`, tuples aside.
+
+    Raises:
+        ValueError: an object `{"float": ...}` holds anything but "inf", "-inf" or "nan".
+    """
     if isinstance(value, dict):
         if set(value) == {"float"}:
+            if value["float"] not in ("inf", "-inf", "nan"):
+                raise ValueError(f"{value!r} is none of the floats inf, -inf and nan")
             return float(value["float"])
         return {k: from_json(v) for k, v in value.items()}
     if isinstance(value, list):
