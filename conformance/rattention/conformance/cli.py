@@ -38,7 +38,8 @@ app = typer.Typer(
 vectors_app = typer.Typer(no_args_is_help=True, help="Cases on disk.")
 app.add_typer(vectors_app, name="vectors")
 # Rich takes 80 columns where it sees no terminal, too few for the tables in a log.
-console = Terminal(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+_ON_A_TERMINAL = sys.stdout is not None and sys.stdout.isatty()
+console = Terminal(highlight=False, width=None if _ON_A_TERMINAL or "COLUMNS" in os.environ else 120)
 
 
 class Profile(StrEnum):

@@ -144,12 +144,10 @@ def _in_workers(pool: Pool, plan: Plan, units: list[Unit], outcome: Outcome, pro
         with pool:
             pool.run(units, progress)
             pool.minimise([units[i] for i in worth_shrinking(_found(pool, units))])
-    except KeyboardInterrupt:
-        outcome.stopped = INTERRUPTED
-    except backends.CannotRun as reason:
+    except (KeyboardInterrupt, backends.CannotRun) as reason:
         if not pool.results:
-            raise
-        outcome.stopped = str(reason)
+            raise  # there is nothing to keep
+        outcome.stopped = str(reason) or INTERRUPTED
     outcome.results, outcome.failures = _found(pool, units), pool.failures
     _keep_raw(plan, units, outcome, worth_shrinking(outcome.results))
 
@@ -176,6 +174,8 @@ def _in_process(
             if failure:
                 outcome.failures.append(failure)
     except KeyboardInterrupt:
+        if not outcome.results:
+            raise
         outcome.stopped = INTERRUPTED
     _keep_raw(session.plan, units, outcome, worth_shrinking(outcome.results))
 

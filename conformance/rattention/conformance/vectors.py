@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _parse_case(raw: bytes) -> Case:
     tensors, metadata = tensorfile.parse(raw)
     if KEY not in metadata:
         raise ValueError(f"a safetensors file, but not a case: it has no metadata entry {KEY!r}")
-    about = _described("case", KEY, metadata[KEY])
+    about = _described("case", "metadata", metadata[KEY])
     groups: dict[str, dict[str, Any]] = {"in": {}, "expected": {}, "budget": {}}
     for full, array in tensors.items():
         kind, _, name = full.partition(".")
@@ -109,7 +110,7 @@ def _parse_case(raw: bytes) -> Case:
 
 def _read(path: str | Path) -> bytes:
     try:
-        if Path(path).exists() and not Path(path).is_file():
+        if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError("not a file")  # a folder, or a device that would be read for ever
         return Path(path).read_bytes()
     except OSError as error:
@@ -201,13 +202,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _listed(manifest: Path, entry: Mapping[str, Any]) -> Path:
     file = manifest.parent / entry["file"]
-    if not file.is_file():
-        raise CaseError(manifest, f"{entry['file']} is listed but missing")
     try:
-        same = "sha256" not in entry or hashlib.sha256(file.read_bytes()).hexdigest() == entry["sha256"]
-    except OSError as error:
-        raise CaseError(file, f"cannot be read: {error.strerror or error}") from None
-    if not same:
+        data = _read(file)
+    except ValueError as error:
+        raise CaseError(manifest, f"{entry['file']} is listed but missing: {error}") from None
+    if "sha256" in entry and hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise CaseError(manifest, f"{entry['file']} differs from its checksum")
     return file
 

@@ -40,12 +40,12 @@ def case_files(outcome: Outcome) -> dict[str, bytes]:
 
 
 def report_files(outcome: Outcome, report: dict[str, Any]) -> dict[str, bytes]:
-    """Name to content of every file of one report, the failing cases first."""
-    return {f"{CASES}/{name}": data for name, data in case_files(outcome).items()} | {
+    """Name to content of every file of one report, the failing cases last: a full disk costs the least of them."""
+    return {
         "report.json": _json(report),
         "junit.xml": junit(outcome, report),
         "report.html": _bytes(html([report], {}, {})),
-    }
+    } | {f"{CASES}/{name}": data for name, data in case_files(outcome).items()}
 
 
 def overview_files(

@@ -124,7 +124,7 @@ class Folder:
         places: set[Path] = set()
         for name, checksum in self._ledger().items():
             file = self.path / name
-            if ".." in Path(name).parts or Path(name).is_absolute() or not _unchanged(file, checksum):
+            if not file.resolve().is_relative_to(self.path.resolve()) or not _unchanged(file, checksum):
                 continue
             if file.resolve() in self.keep:
                 kept[name] = checksum
