@@ -15,7 +15,7 @@ from rattention.conformance.reporting.folder import LEDGER, Folder
 from rattention.numpy.adapter import backend as honest
 from typer.testing import CliRunner
 
-WHERE = ("rep", "deep/er/rep", "with space/rep")
+WHERE = ("rep", "deep/er/rep", "with space/rep", "[red]no markup[/]")
 
 
 class Wrong:
@@ -94,7 +94,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(ran, kind):
     assert tree() == before
 
 
-@pytest.mark.parametrize("command", [("vectors", "export", "file/x"), ("mutants", "--report", "file/x")])
+@pytest.mark.parametrize(
+    "command", [("vectors", "export", "file/x"), ("mutants", "--select", "window-looks-ahead", "--report", "file/x")]
+)
 def test_every_command_that_writes_refuses_it(ran, command):
     Path("file").write_text("")
     code, _, err = call(*command)

@@ -50,7 +50,10 @@ def resolve(text: str) -> Any:
     if text.startswith("exec:"):
         from rattention.conformance.wire.client import Port
 
-        command = shlex.split(text.removeprefix("exec:"))
+        try:
+            command = shlex.split(text.removeprefix("exec:"))
+        except ValueError as error:  # a quotation mark that is not closed
+            raise CannotRun(f"{text}: the command is not one that a shell would take: {error}") from None
         if not command:
             raise CannotRun("exec: needs a command, as in exec:./port")
         return Port(command)
@@ -92,6 +95,8 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
     """
     try:
         about = backend.describe()
+    except CannotRun:
+        raise
     except BaseException as error:  # SystemExit included: its status would pass for a verdict
         if isinstance(error, KeyboardInterrupt):
             raise

@@ -100,7 +100,7 @@ def conform(
     found = _run(backend, settings, folder, whole=bool(report))
     reporting.print_outcome(console, found.summary, found.cases)
     if found.written:
-        console.print(f"report: {folder.shown / 'report.html'}", soft_wrap=True)
+        console.print(f"report: {escape(str(folder.shown / 'report.html'))}", soft_wrap=True)
     raise typer.Exit(_code([found.summary]))
 
 
@@ -199,8 +199,8 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
             # Kernels under an interpreter take minutes where others take seconds.
             own = replace(settings, profile="smoke")
             notes.append(
-                f"{name} runs under an interpreter: smoke here; "
-                f"rattention conform {name} --profile {settings.profile} --seed {settings.seed} runs the rest"
+                f"{escape(name)} runs under an interpreter: smoke here; "
+                f"rattention conform {escape(name)} --profile {settings.profile} --seed {settings.seed} runs the rest"
             )
         try:
             found.append(_run(name, own, folder, whole=whole, place=f"{places[name]}/"))
@@ -221,7 +221,7 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
     if whole:
         try:
             folder.write(reporting.overview_files(summaries, absent | broken, places))
-            console.print(f"report: {folder.shown / 'report.html'}", soft_wrap=True)
+            console.print(f"report: {escape(str(folder.shown / 'report.html'))}", soft_wrap=True)
         except reporting.CannotWrite as error:
             warn(str(error))
     table = Table(title="All backends", title_justify="left")
@@ -289,7 +289,7 @@ def vectors_export(
 
     number = export(folder, profile.value, seed)
     told = "" if importlib.util.find_spec("onnx") else "; no graphs, since onnx is not installed"
-    console.print(f"{number} cases in {folder}{told}", soft_wrap=True)
+    console.print(f"{number} cases in {escape(str(folder))}{told}", soft_wrap=True)
 
 
 @vectors_app.command("check")

@@ -59,7 +59,7 @@ def command(profile: str, seed: int | None, report: Path | None, text: str, cons
     if report:
         try:
             _write(deaths, rows, report, profile, seed)
-            console.print(f"report: {report / 'mutants.json'}", soft_wrap=True)
+            console.print(f"report: {escape(str(report / 'mutants.json'))}", soft_wrap=True)
         except OSError as error:
             warn(f"{report} could not be written: {error.strerror or error}")
     if not all(d.killed for d in deaths) or holes(rows):

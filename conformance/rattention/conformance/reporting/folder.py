@@ -156,16 +156,16 @@ class Folder:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Two runs that write one folder at the same time take turns."""
-        if fcntl is None:
-            yield
-            return
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
+        handle = None
+        with contextlib.suppress(OSError):  # a folder that may not be listed, or a file system without locks
+            if fcntl is not None:
+                handle = os.open(self.path, os.O_RDONLY)
                 fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
             yield
         finally:
-            os.close(handle)
+            if handle is not None:
+                os.close(handle)
 
 
 def _unchanged(file: Path, checksum: str) -> bool:
