@@ -125,6 +125,14 @@ def test_a_port_that_ends_the_process_does_not_conform_by_it(when, tmp_path):
     assert "SystemExit" in err
 
 
+@pytest.mark.parametrize("port", ["exec:", "exec:'", "exec:./no-such-program", "no-such.py:port", ":", "os:path"])
+def test_a_port_that_does_not_start_is_told_in_one_line(port):
+    code, _, err = call("conform", port, *ARGUMENTS)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "CannotRun" not in err
+
+
 def test_a_fault_of_the_suite_is_no_verdict(monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("of its own")
