@@ -81,7 +81,6 @@ def one(backend: str, profile: str, seed: int, oracle: Oracle) -> dict[str, Any]
     """One run, and what it found."""
     from rattention.conformance import reporting
     from rattention.conformance.cli import default_vectors
-    from rattention.conformance.reporting.files import write_cases
     from rattention.conformance.runner import Settings, conform
 
     settings = Settings(profile, seed, vectors=tuple(default_vectors()))
@@ -89,7 +88,8 @@ def one(backend: str, profile: str, seed: int, oracle: Oracle) -> dict[str, Any]
     summary = reporting.summarise(outcome)
     alarms = [v["message"] for f in summary["failures"] for v in f["violations"]]
     if not outcome.conforming:
-        write_cases(outcome, ROOT / "report" / "false-alarms" / f"{backend}-{profile}-{seed}")
+        folder = reporting.Folder(ROOT / "report" / "false-alarms" / f"{backend}-{profile}-{seed}")
+        folder.write(reporting.case_files(outcome))
     shares = {
         op: {dtype: max(outputs.values()) for dtype, outputs in by_dtype.items()}
         for op, by_dtype in summary["budget"].items()

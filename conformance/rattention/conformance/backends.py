@@ -30,7 +30,7 @@ BUILT_IN = {
 
 
 class CannotRun(Exception):
-    """The backend cannot be had on this machine; the text is one line that says why."""
+    """The command cannot do its work, say for want of a backend; the text is one line that says why."""
 
 
 def registered() -> dict[str, str]:
@@ -50,7 +50,10 @@ def resolve(text: str) -> Any:
     if text.startswith("exec:"):
         from rattention.conformance.wire.client import Port
 
-        command = shlex.split(text.removeprefix("exec:"))
+        try:
+            command = shlex.split(text.removeprefix("exec:"))
+        except ValueError as error:  # a quotation mark that is not closed
+            raise CannotRun(f"{text}: the command is not one that a shell would take: {error}") from None
         if not command:
             raise CannotRun("exec: needs a command, as in exec:./port")
         return Port(command)
@@ -75,7 +78,9 @@ def resolve(text: str) -> Any:
     if isinstance(backend, type):
         try:
             backend = backend()
-        except Exception as error:
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise CannotRun(f"{text} does not start: {type(error).__name__}: {_one_line(error)}") from error
     if not callable(getattr(backend, "run", None)) or not callable(getattr(backend, "describe", None)):
         raise CannotRun(f"{text} is no backend: it has no describe() and run()")
@@ -90,7 +95,11 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
     """
     try:
         about = backend.describe()
-    except Exception as error:
+    except CannotRun:
+        raise
+    except BaseException as error:  # SystemExit included: its status would pass for a verdict
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise CannotRun(f"{text} does not describe itself: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(about, Mapping):
         raise CannotRun(f"{text} does not describe itself: describe() gave {type(about).__name__}, not a mapping")
@@ -138,7 +147,9 @@ def _probe(backend: Any, about: Mapping[str, Any], name: str) -> None:
         backend.run(op, tensors, attrs)
     except Unsupported as refusal:
         raise CannotRun(f"{name}: {refusal}") from None
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return  # a fault, which the suite reports in full
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from rattention.spec import load
 
 
 @dataclass
@@ -42,6 +43,13 @@ class Case:
     def is_vjp(self) -> bool:
         return self.op.endswith(".vjp")
 
+    def answer(self, bounds: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Store value and budget of each output beside the inputs; what is stored already stays."""
+        integers = {o.name for o in load().operations[self.op].outputs if o.dtype == "int32"}
+        for name, (value, budget) in bounds.items():
+            self.expected.setdefault(name, value.astype(np.int32) if name in integers else value)
+            self.budget.setdefault(name, budget)
+
 
 def to_json(value: Any) -> Any:
     """`value` as strict JSON: tuples become lists, and non-finite floats `{"float": "inf"}`."""
@@ -57,9 +65,15 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`, tuples aside."""
+    """The inverse of `to_json`, tuples aside.
+
+    Raises:
+        ValueError: an object `{"float": ...}` holds anything but "inf", "-inf" or "nan".
+    """
     if isinstance(value, dict):
         if set(value) == {"float"}:
+            if value["float"] not in ("inf", "-inf", "nan"):
+                raise ValueError(f"{value!r} is none of the floats inf, -inf and nan")
             return float(value["float"])
         return {k: from_json(v) for k, v in value.items()}
     if isinstance(value, list):

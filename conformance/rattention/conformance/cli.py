@@ -1,33 +1,45 @@
 """The command line: `rattention conform | mutants | replay | vectors | ops`.
 
-Exit codes: 0 conforming, 1 not conforming, 2 could not run.
+Exit codes: 0 conforming, 1 not conforming, 2 could not run, or not to the end. A report that cannot be written is found
+out before the run; if writing fails all the same, the verdict and its exit code stay, and stderr names the file.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rattention.conformance import backends
+from rattention.conformance.output import Commands, Terminal, any_text, cannot, warn
 from rattention.spec import load
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from rattention.conformance.reporting import Folder
+    from rattention.conformance.runner import Settings
+
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Conformance of RAttention implementations."
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Conformance of RAttention implementations. Exit codes: 0 conforming, 1 not conforming, 2 could not run.",
 )
 vectors_app = typer.Typer(no_args_is_help=True, help="Cases on disk.")
 app.add_typer(vectors_app, name="vectors")
 # Rich takes 80 columns where it sees no terminal, too few for the tables in a log.
-console = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+_ON_A_TERMINAL = sys.stdout is not None and sys.stdout.isatty()
+console = Terminal(highlight=False, width=None if _ON_A_TERMINAL or "COLUMNS" in os.environ else 120)
 
 
 class Profile(StrEnum):
@@ -41,9 +53,8 @@ class Profile(StrEnum):
 BACKEND_HELP = "NAME, all, path/to/file.py:ATTRIBUTE, MODULE:ATTRIBUTE, or exec:COMMAND"
 Backend = Annotated[str, typer.Argument(help=BACKEND_HELP)]
 ReportOption = Annotated[Path | None, typer.Option(help="write report.json, junit.xml, report.html and the cases here")]
-SeedOption = Annotated[
-    int | None, typer.Option(help="the same seed gives the same cases; default: a fresh one, printed")
-]
+SEED_HELP = "the same seed gives the same cases"
+SeedOption = Annotated[int | None, typer.Option(help=f"{SEED_HELP}; default: a fresh one, printed")]
 ProfileOption = Annotated[Profile, typer.Option(help="how much to run")]
 
 
@@ -60,52 +71,74 @@ def conform(
     workers: Annotated[int, typer.Option(min=0, help="worker processes; default: 2, fewer on a smaller machine")] = 0,
 ) -> None:
     """Hold a backend against the specification."""
+    from rattention.conformance import reporting
+    from rattention.conformance import vectors as stored
+    from rattention.conformance.replay import check_files
     from rattention.conformance.runner import Settings
 
     known = {*load().clauses, *load().operations, *(label.split("-")[0] for label in load().clauses)}
     from rattention.conformance.properties import REGISTRY
 
     if select and select not in known | set(REGISTRY):
-        _cannot(f"--select {select}: no clause, operation or property of that name")
+        cannot(f"--select {select}: no clause, operation or property of that name")
     chosen = secrets.randbelow(2**31) if seed is None else seed
-    paths = tuple(vectors or default_vectors())
-    for path in paths:
-        if not Path(path).exists():
-            _cannot(f"--vectors {path} does not exist")
+    # Absolute: a backend may change the working directory.
+    paths = [Path(path).absolute() for path in vectors or default_vectors(profile.value)]
+    files = [file for path in paths for file in stored.list_set(path)]
+    if vectors:
+        check_files(files)
+    if report:
+        reporting.try_folder(report, reporting.REPORT, (reporting.CASES,), what="--report")
     count = workers or max(1, min(2, os.cpu_count() or 1))
-    settings = Settings(profile.value, chosen, select, paths, count)
+    settings = Settings(profile.value, chosen, select, tuple(str(path) for path in paths), count)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
     console.print(f"profile {profile.value}, seed {chosen}")
+    folder = reporting.Folder(report or FAILURES, keep=files)
     if backend == "all":
-        raise typer.Exit(_all(settings, report))
-    summary = _one(backend, settings, report)
-    raise typer.Exit(0 if summary["conforming"] else 1)
+        raise typer.Exit(_all(settings, folder, whole=bool(report)))
+    found = _run(backend, settings, folder, whole=bool(report))
+    reporting.print_outcome(console, found.summary, found.cases)
+    if found.written:
+        console.print(f"report: {escape(str(folder.shown / 'report.html'))}", soft_wrap=True)
+    raise typer.Exit(_code([found.summary]))
 
 
-def default_vectors() -> list[str]:
+FAILURES = Path("rattention-failures")
+"""Where the failing cases are written without --report."""
+FEW_VECTORS = 4
+"""Stored vectors that smoke runs where --vectors does not name any."""
+
+
+def default_vectors(profile: str = "quick") -> list[str]:
     """The stored vectors of a checkout, where there are some."""
+    from rattention.conformance.vectors import list_set
     from rattention.spec.operations import operations_file
 
     folder = operations_file().parent / "vectors"
-    return [str(folder)] if folder.is_dir() and any(folder.rglob("*.safetensors")) else []
+    if not folder.is_dir() or not any(folder.rglob("*.safetensors")):
+        return []
+    return [str(file) for file in list_set(folder)[:FEW_VECTORS]] if profile == "smoke" else [str(folder)]
 
 
-def _one(target: str, settings: Any, report: Path | None) -> dict[str, Any]:
-    """Run one backend and print what was found."""
-    from rattention.conformance import reporting
+@dataclass
+class Found:
+    """One backend's run: its summary, where its failing cases are (by file name), whether its report was written."""
 
-    summary, cases = _run(target, settings, report)
-    reporting.print_outcome(console, summary, cases)
-    if report:
-        console.print(f"report: {report / 'report.html'}", soft_wrap=True)
-    return summary
+    summary: dict[str, Any]
+    cases: dict[str, Path]
+    written: bool
 
 
-def _run(target: str, settings: Any, report: Path | None) -> tuple[dict[str, Any], Path | None]:
-    """Run one backend under a progress bar; the summary, and the folder of the failing cases."""
+def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place: str = "") -> Found:
+    """Run one backend under a progress bar, and write what was found.
+
+    whole: write the report, not the failing cases alone. place: of these files in the folder, empty or ending in "/".
+
+    Raises:
+        CannotRun: nothing was run.
+    """
     from rattention.conformance import reporting, runner, workers
-    from rattention.conformance.reporting.files import write_cases
 
     columns = (
         TextColumn(escape(target)),
@@ -122,30 +155,43 @@ def _run(target: str, settings: Any, report: Path | None) -> tuple[dict[str, Any
 
         try:
             outcome = runner.conform(target, settings, progress=step)
-        except backends.CannotRun as reason:
-            bar.stop()
-            _cannot(str(reason))
         except workers.SuiteFault as fault:
-            bar.stop()
-            _cannot(f"the suite itself failed at {fault}")
-    if not any(r.status != "skip" for r in outcome.results):
-        _cannot(f"nothing to run: --select {settings.select} matches no case of this profile")
+            raise backends.CannotRun(f"the suite itself failed at {fault}") from None
+    if not outcome.stopped and not any(r.status != "skip" for r in outcome.results):
+        raise backends.CannotRun(f"nothing to run: --select {settings.select} matches no case of this profile")
     summary = reporting.summarise(outcome)
-    cases = None
-    if outcome.failures:
-        cases = (report or Path("rattention-failures")) / "cases" if report else Path("rattention-failures")
-        write_cases(outcome, cases)
-    if report:
-        reporting.write_report(outcome, summary, report)
-    return summary, cases
+    files = reporting.report_files(outcome, summary) if whole else reporting.case_files(outcome)
+    written = True
+    try:
+        folder.write({f"{place}{name}": data for name, data in files.items()})
+    except reporting.CannotWrite as error:
+        warn(str(error))
+        written = False
+    inside = f"{place}{reporting.CASES}/" if whole else place
+    cases = {f["file"]: folder.shown / f"{inside}{f['file']}" for f in summary["failures"]}
+    cases = {name: path for name, path in cases.items() if folder.has(f"{inside}{name}")}
+    return Found(summary, cases, written and whole)
 
 
-def _all(settings: Any, report: Path | None) -> int:
+def _code(summaries: Sequence[dict[str, Any]]) -> int:
+    """Exit code 1 where a backend does not conform, 2 where one has no verdict, 0 where all conform."""
+    if any(not s["conforming"] and not s["unfinished"] for s in summaries):
+        return 1
+    return 2 if not summaries or any(s["unfinished"] for s in summaries) else 0
+
+
+def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
     """Every backend that runs here: first the matrix over all of them, then what failed, then the verdicts."""
     from rattention.conformance import reporting
+    from rattention.conformance.runner import INTERRUPTED
 
     names, absent = backends.runnable()
-    found: list[tuple[dict[str, Any], Path | None]] = []
+    places = reporting.folder_names(names)
+    if whole:
+        for place in places.values():
+            reporting.try_folder(folder.shown / place, reporting.REPORT, (reporting.CASES,), what="--report")
+    found: list[Found] = []
+    broken: dict[str, str] = {}
     notes = [f"[yellow]cannot run here[/] {escape(reason)}" for reason in absent.values()]
     for name in names:
         own = settings
@@ -153,36 +199,53 @@ def _all(settings: Any, report: Path | None) -> int:
             # Kernels under an interpreter take minutes where others take seconds.
             own = replace(settings, profile="smoke")
             notes.append(
-                f"{name} runs under an interpreter: smoke here; "
-                f"rattention conform {name} --profile {settings.profile} --seed {settings.seed} runs the rest"
+                f"{escape(name)} runs under an interpreter: smoke here; "
+                f"rattention conform {escape(name)} --profile {settings.profile} --seed {settings.seed} runs the rest"
             )
-        found.append(_run(name, own, report / name if report else None))
-    summaries = [summary for summary, _ in found]
+        try:
+            found.append(_run(name, own, folder, whole=whole, place=f"{places[name]}/"))
+        except backends.CannotRun as reason:  # the others have a verdict all the same
+            broken[name] = str(reason)
+            notes.append(f"[bold red]could not run[/] {escape(name)}: {escape(str(reason))}")
+            continue
+        if found[-1].summary["stopped"] == INTERRUPTED:
+            break
+    summaries = [f.summary for f in found]
     if summaries:
         reporting.print_matrices(console, summaries)
     for note in notes:
         console.print(note, soft_wrap=True)
-    for summary, cases in found:
-        if not summary["conforming"]:
-            reporting.print_outcome(console, summary, cases)
-    if report:
-        console.print(f"report: {reporting.write_overview(summaries, absent, report)}", soft_wrap=True)
+    for one in found:
+        if not one.summary["conforming"]:
+            reporting.print_outcome(console, one.summary, one.cases)
+    if whole:
+        try:
+            folder.write(reporting.overview_files(summaries, absent | broken, places))
+            console.print(f"report: {escape(str(folder.shown / 'report.html'))}", soft_wrap=True)
+        except reporting.CannotWrite as error:
+            warn(str(error))
     table = Table(title="All backends", title_justify="left")
     for column in ("backend", "profile", "verdict", "passed", "failed", "unsupported", "largest share", "seconds"):
         table.add_column(column, no_wrap=column in ("backend", "verdict"))
     for s in summaries:
         verdict = "[green]conforming[/]" if s["conforming"] else "[bold red]not conforming[/]"
+        verdict = "[yellow]no verdict[/]" if s["unfinished"] else verdict
         c = s["cases"]
         shares = [x for by_dtype in s["budget"].values() for outputs in by_dtype.values() for x in outputs.values()]
         counts = (str(c[k]) for k in ("passed", "failed", "unsupported"))
         worst, seconds = f"{max(shares, default=0.0):.3g}", f"{s['seconds']:.1f}"
-        table.add_row(s["backend"], s["profile"], verdict, *counts, worst, seconds)
-    for name in absent:
-        table.add_row(name, "", "[yellow]cannot run here[/]")
+        table.add_row(escape(s["backend"]), s["profile"], verdict, *counts, worst, seconds)
+    left = [name for name in names if name not in broken and name not in [s["backend"] for s in summaries]]
+    for names_of, verdict in (
+        (broken, "[bold red]could not run[/]"),
+        (left, "[yellow]not run[/]"),
+        (absent, "[yellow]cannot run here[/]"),
+    ):
+        for name in names_of:
+            table.add_row(escape(name), "", verdict)
     console.print(table)
-    if not summaries:
-        return 2
-    return 0 if all(s["conforming"] for s in summaries) else 1
+    code = _code(summaries)
+    return 2 if code == 0 and (broken or left) else code
 
 
 @app.command()
@@ -193,12 +256,7 @@ def replay(
     """Run one case again, exactly as it was."""
     from rattention.conformance.replay import replay as again
 
-    try:
-        lines, failed = again(case, backend)
-    except backends.CannotRun as reason:
-        _cannot(str(reason))
-    except (OSError, ValueError, KeyError) as error:
-        _cannot(f"{case} cannot be replayed: {error}")
+    lines, failed = again(case, backend)
     for line in lines:
         console.print(escape(line), soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
@@ -207,15 +265,16 @@ def replay(
 @app.command()
 def mutants(
     profile: ProfileOption = Profile.quick,
-    seed: SeedOption = None,
-    report: ReportOption = None,
+    seed: Annotated[int | None, typer.Option(help=f"{SEED_HELP}; default: that of continuous integration")] = None,
+    report: Annotated[Path | None, typer.Option(help="write mutants.json and coverage.md here")] = None,
     select: Annotated[str, typer.Option(help="run only the mutants whose name contains this")] = "",
 ) -> None:
     """Run the suite against every mutant of the catalogue: a survivor is a hole in the suite."""
-    try:
-        from rattention.conformance.mutants import command
-    except ImportError as error:
-        _cannot(f"the catalogue of mutants is not installed: {error}")
+    from rattention.conformance.mutants import command
+    from rattention.conformance.reporting import try_folder
+
+    if report:
+        try_folder(report, ("mutants.json", "coverage.md"), what="--report")
     raise typer.Exit(command(profile.value, seed, report, select, console))
 
 
@@ -223,12 +282,14 @@ def mutants(
 def vectors_export(
     folder: Annotated[Path, typer.Argument(help="where the set is written")],
     profile: ProfileOption = Profile.smoke,
-    seed: SeedOption = 0,
+    seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
 ) -> None:
     """Write generated cases with the reference's answers, for ports that cannot run the suite."""
     from rattention.conformance.export import export
 
-    console.print(f"{export(folder, profile.value, seed or 0)} cases in {folder}", soft_wrap=True)
+    number = export(folder, profile.value, seed)
+    told = "" if importlib.util.find_spec("onnx") else "; no graphs, since onnx is not installed"
+    console.print(f"{number} cases in {escape(str(folder))}{told}", soft_wrap=True)
 
 
 @vectors_app.command("check")
@@ -239,15 +300,11 @@ def vectors_check(
     """Run every case of a set."""
     from rattention.conformance.replay import check_set
 
-    try:
-        lines, failed = check_set(folder, backend)
-    except backends.CannotRun as reason:
-        _cannot(str(reason))
-    except (OSError, ValueError, KeyError) as error:
-        _cannot(f"{folder} cannot be read: {error}")
-    for line in lines:
-        console.print(escape(line), soft_wrap=True)
-    raise typer.Exit(1 if failed else 0)
+    def told(lines: list[str]) -> None:
+        for line in lines:
+            console.print(escape(line), soft_wrap=True)
+
+    raise typer.Exit(1 if check_set(folder, backend, told) else 0)
 
 
 @app.command()
@@ -268,14 +325,9 @@ def ops() -> None:
     console.print(clauses)
 
 
-def _cannot(text: str) -> Any:
-    """One line on stderr, exit code 2."""
-    Console(stderr=True, highlight=False).print(f"rattention: {escape(text)}", soft_wrap=True)
-    raise typer.Exit(2)
-
-
 def main() -> None:
     """Entry point of the command."""
+    any_text()
     app(prog_name="rattention")
 
 

@@ -6,15 +6,30 @@ import importlib.util
 from pathlib import Path
 
 from rattention.conformance import vectors
+from rattention.conformance.backends import CannotRun
 from rattention.conformance.case import Case
 from rattention.conformance.oracle import Oracle
 from rattention.conformance.properties import REGISTRY, make_case
+from rattention.conformance.reporting.folder import CannotWrite, Folder, try_folder
 from rattention.conformance.strategies import make_plan
 from rattention.spec import load
 
 
 def export(folder: Path, profile: str, seed: int) -> int:
-    """Write the agreement cases of a profile, and where onnx is installed their graphs; returns how many cases."""
+    """Write the agreement cases of a profile, and where onnx is installed their graphs.
+
+    Files of an earlier export that are still in the folder are removed.
+
+    Returns:
+        how many cases were written.
+
+    Raises:
+        CannotRun: the folder cannot be written, or holds a set that is no export.
+    """
+    target = Folder(folder)
+    try_folder(folder, (vectors.MANIFEST,), what="vectors export")
+    if target.foreign(vectors.MANIFEST):
+        raise CannotRun(f"vectors export {folder}: a {vectors.MANIFEST} is there that no export has written")
     plan, oracle = make_plan(profile, seed, {"name": "export"}), Oracle()
     prop = REGISTRY["agreement"]
     cases: dict[str, Case] = {}
@@ -22,14 +37,16 @@ def export(folder: Path, profile: str, seed: int) -> int:
         case = make_case(prop, plan, recipe)
         if case is None:
             continue
-        bounds = oracle.evaluate(case.op, case.tensors, case.attrs)
-        case.expected = {name: value for name, (value, _) in bounds.items()}
-        case.budget = {name: limit for name, (_, limit) in bounds.items()}
+        case.answer(oracle.evaluate(case.op, case.tensors, case.attrs))
         cases[f"{case.op.replace('.', '-')}-{i:04d}"] = case
     about = {"about": "generated cases with the reference's answers", "spec_version": load().version, "seed": seed}
-    vectors.save_set(folder, cases, {**about, "profile": profile})
+    files = vectors.set_files(cases, {**about, "profile": profile})
     if importlib.util.find_spec("onnx"):
-        from rattention.conformance.oracles.export import export_graphs
+        from rattention.conformance.oracles.export import graphs
 
-        export_graphs(folder / "onnx", cases.values())
+        files = {f"onnx/{name}": data for name, data in graphs(cases.values()).items()} | files
+    try:
+        target.write(files)
+    except CannotWrite as error:
+        raise CannotRun(str(error)) from None
     return len(cases)

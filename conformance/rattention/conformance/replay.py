@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rattention.conformance import backends, vectors
@@ -10,6 +11,7 @@ from rattention.conformance.properties import REGISTRY
 from rattention.conformance.runner import close
 from rattention.conformance.session import Session
 from rattention.conformance.strategies import make_plan
+from rattention.conformance.vectors import CaseError
 from rattention.spec import load
 
 
@@ -24,17 +26,40 @@ def open_session(target: str) -> Session:
     return Session(backend, about, make_plan("quick", 0, about))
 
 
-def verdict_lines(session: Session, case: Case, name: str) -> tuple[list[str], bool]:
-    """What one case says, line by line, and whether it failed.
+def check_files(files: Iterable[Path]) -> None:
+    """Read every case before any backend is judged on one: a backend must not fail because a file is wrong.
+
+    A case of `agreement` is right or wrong by the answer that it stores. Any other property has `params`, which only
+    the property itself understands; so the reference must pass such a case.
 
     Raises:
-        ValueError: the case names a property that this version does not have.
+        CaseError: the first file that cannot be used.
     """
-    if case.property_name not in REGISTRY:
-        raise ValueError(f"{name}: no property {case.property_name!r} in this version")
+    reference: Session | None = None
+    for file in files:
+        case = vectors.load_valid(file)
+        if case.property_name not in REGISTRY:
+            raise CaseError(file, f"no property {case.property_name!r} in this version")
+        if case.property_name in ("agreement", "stored vectors"):
+            continue
+        reference = reference or open_session("numpy")
+        try:
+            violations, _ = reference.verdict(REGISTRY[case.property_name], case)
+        except Exception as error:
+            reason = f"the property {case.property_name!r} cannot judge it: {type(error).__name__}: {error}"
+            raise CaseError(file, reason) from error
+        if violations:
+            reason = f"the reference itself does not pass the property {case.property_name!r}: {violations[0].message}"
+            raise CaseError(file, reason)
+
+
+def verdict_lines(session: Session, case: Case, name: str) -> tuple[list[str], bool]:
+    """What one case says, line by line, and whether it failed."""
+    judge = "" if case.property_name == "agreement" else f"  property {case.property_name}"
     violations, reason = session.verdict(REGISTRY[case.property_name], case)
     if not violations:
-        return [f"{'unsupported' if reason else 'pass'}  {name}  {case.op}{f'  ({reason})' if reason else ''}"], False
+        verdict = f"{'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
+        return [f"{verdict}{f'  ({reason})' if reason else ''}"], False
     lines = [f"FAIL  {name}  {case.op}  property {case.property_name}"]
     for v in violations:
         lines.append(f"  {v.message}")
@@ -44,8 +69,14 @@ def verdict_lines(session: Session, case: Case, name: str) -> tuple[list[str], b
 
 
 def replay(path: Path, target: str) -> tuple[list[str], bool]:
-    """Run the case at `path`."""
-    case = vectors.load_case(path)
+    """Run the case at `path`.
+
+    Raises:
+        CannotRun: there is no such backend, or it does not start.
+        CaseError: the file cannot be used.
+    """
+    check_files([path])
+    case = vectors.load_valid(path)
     session = open_session(target)
     try:
         return verdict_lines(session, case, path.name)
@@ -53,19 +84,26 @@ def replay(path: Path, target: str) -> tuple[list[str], bool]:
         close(session.ctx.backend)
 
 
-def check_set(path: Path, target: str) -> tuple[list[str], bool]:
-    """Run every case of a set, checksums first."""
+def check_set(path: Path, target: str, told: Callable[[list[str]], None]) -> bool:
+    """Run every case of a set, checksums first; whether one failed. `told` gets the lines of each case as they come.
+
+    Raises:
+        CannotRun: there is no such backend, or it does not start.
+        CaseError: the manifest or a file of the set cannot be used; then no case was run.
+    """
+    files = vectors.list_set(path)
+    check_files(files)
     session = open_session(target)
-    lines: list[str] = []
-    failed = total = 0
+    failed = refused = 0
     try:
-        for file, case in vectors.load_set(path):
-            found, bad = verdict_lines(session, case, file.name)
-            total += 1
+        for file in files:
+            lines, bad = verdict_lines(session, vectors.load_valid(file), file.name)
             failed += bad
-            lines += found
+            refused += lines[0].startswith("unsupported")
+            told(lines)
     finally:
         close(session.ctx.backend)
-    if not total:
-        raise ValueError("no cases there")
-    return [*lines, f"{total - failed} of {total} cases conform"], failed > 0
+    told(
+        [f"{len(files) - failed} of {len(files)} cases conform{f', {refused} of them unsupported' if refused else ''}"]
+    )
+    return failed > 0

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rattention.conformance import backends, vectors
 from rattention.conformance.judge import Violation
@@ -15,9 +15,13 @@ from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.session import Failure, Session, Unit, UnitResult
 from rattention.conformance.strategies import Plan, make_plan
 
+if TYPE_CHECKING:
+    from rattention.conformance.workers import Pool
+
 Progress = Callable[[int, int, int], None]
 """Called with (units done, units in all, failures so far)."""
 
+INTERRUPTED = "interrupted"
 FAILURES_PER_KIND = 2
 FAILURES_SHRUNK = 24
 WHOLE = ("agreement", "bad input", "description", "stored vectors")
@@ -43,7 +47,10 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What a run found. `results` are in the order of the plan, whoever ran them."""
+    """What a run found. `results` are in the order of the plan, whoever ran them.
+
+    `stopped` says why a run ended before its end: it was interrupted, or the backend no longer started.
+    """
 
     backend: str
     describe: Mapping[str, Any]
@@ -52,6 +59,7 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
     planned: int = 0
+    stopped: str = ""
 
     @property
     def left_out(self) -> int:
@@ -59,10 +67,18 @@ class Outcome:
         return self.planned - len(self.results)
 
     @property
+    def failed(self) -> bool:
+        return any(r.status == "fail" for r in self.results)
+
+    @property
     def conforming(self) -> bool:
-        """No case failed, and at least one passed."""
-        statuses = Counter(r.status for r in self.results)
-        return not statuses["fail"] and statuses["pass"] > 0
+        """No case failed, at least one passed, and the run came to its end."""
+        return not self.failed and not self.unfinished and any(r.status == "pass" for r in self.results)
+
+    @property
+    def unfinished(self) -> bool:
+        """No verdict: the run was stopped before every case was run, and no case had failed."""
+        return bool(self.stopped) and self.left_out > 0 and not self.failed
 
     def violations(self) -> list[Violation]:
         """Every violation, the diagnosed ones of minimal cases in place of the raw ones."""
@@ -115,11 +131,7 @@ def conform(
         _in_process(session, units, outcome, settings, progress)
     else:
         close(backend)
-        with Pool(target, plan, settings) as pool:
-            outcome.results = pool.run(units, progress)
-            chosen = worth_shrinking(outcome.results)
-            outcome.failures = pool.minimise([units[i] for i in chosen])
-        _keep_raw(plan, units, outcome, chosen)
+        _in_workers(Pool(target, plan, settings), plan, units, outcome, progress)
     if not local:
         close(backend)
     outcome.failures.sort(key=lambda f: f.index)
@@ -127,24 +139,45 @@ def conform(
     return outcome
 
 
+def _in_workers(pool: Pool, plan: Plan, units: list[Unit], outcome: Outcome, progress: Progress | None) -> None:
+    try:
+        with pool:
+            pool.run(units, progress)
+            pool.minimise([units[i] for i in worth_shrinking(_found(pool, units))])
+    except (KeyboardInterrupt, backends.CannotRun) as reason:
+        if not pool.results:
+            raise  # there is nothing to keep
+        outcome.stopped = str(reason) or INTERRUPTED
+    outcome.results, outcome.failures = _found(pool, units), pool.failures
+    _keep_raw(plan, units, outcome, worth_shrinking(outcome.results))
+
+
+def _found(pool: Pool, units: list[Unit]) -> list[UnitResult]:
+    return [pool.results[unit.index] for unit in units if unit.index in pool.results]
+
+
 def _in_process(
     session: Session, units: list[Unit], outcome: Outcome, settings: Settings, progress: Progress | None
 ) -> None:
     failed = 0
-    for done, unit in enumerate(units):
-        result = session.run(unit)
-        outcome.results.append(result)
-        failed += result.status == "fail"
-        if progress:
-            progress(done + 1, len(units), failed)
-        if failed and settings.stop_at_first:
-            break
-    chosen = worth_shrinking(outcome.results)
-    for index in chosen:
-        failure = session.minimise(units[index])
-        if failure:
-            outcome.failures.append(failure)
-    _keep_raw(session.plan, units, outcome, chosen)
+    try:
+        for done, unit in enumerate(units):
+            result = session.run(unit)
+            outcome.results.append(result)
+            failed += result.status == "fail"
+            if progress:
+                progress(done + 1, len(units), failed)
+            if failed and settings.stop_at_first:
+                break
+        for index in worth_shrinking(outcome.results):
+            failure = session.minimise(units[index])
+            if failure:
+                outcome.failures.append(failure)
+    except KeyboardInterrupt:
+        if not outcome.results:
+            raise
+        outcome.stopped = INTERRUPTED
+    _keep_raw(session.plan, units, outcome, worth_shrinking(outcome.results))
 
 
 def _keep_raw(plan: Plan, units: list[Unit], outcome: Outcome, chosen: list[int]) -> None:

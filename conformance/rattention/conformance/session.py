@@ -81,7 +81,7 @@ class Session:
         prop = REGISTRY[unit.property_name]
         case = make_case(prop, self.plan, unit.recipe)
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
-        if case is None or not self.selected(case):
+        if case is None or not self.selected(prop, case):
             return result
         clauses = (*case.clauses, *getattr(self.ctx.backend, "clauses", ()))
         clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
@@ -96,12 +96,12 @@ class Session:
         result.seconds = time.perf_counter() - begin
         return result
 
-    def selected(self, case: Case) -> bool:
-        """Whether --select keeps the case: a clause, the letters of a group of clauses, or an operation."""
+    def selected(self, prop: Property, case: Case) -> bool:
+        """Whether --select keeps the case: a clause, the letters of a group of clauses, an operation, a property."""
         wanted = self.select
         if not wanted:
             return True
-        names = {case.op, case.base_op, case.property_name, *case.clauses}
+        names = {case.op, case.base_op, prop.name, case.property_name, *case.clauses}
         return wanted in names or any(label.startswith(wanted + "-") for label in case.clauses)
 
     def verdict(self, prop: Property, case: Case) -> tuple[list[Violation], str]:
@@ -166,11 +166,10 @@ class Session:
             return None
 
     def _answer(self, case: Case, violations: list[Violation]) -> None:
-        """Store value and budget beside the inputs, where the case is a valid call."""
+        """Store value and budget beside the inputs, where the case is a valid call; what was stored stays."""
         case.clauses = tuple(dict.fromkeys(label for v in violations for label in v.clauses)) or case.clauses
         try:
             bounds = self.ctx.bounds(case.op, case.tensors, case.attrs)
         except (ValueError, KeyError, IndexError):
             return
-        case.expected = {name: value for name, (value, _) in bounds.items()}
-        case.budget = {name: limit for name, (_, limit) in bounds.items()}
+        case.answer(bounds)

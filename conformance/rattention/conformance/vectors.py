@@ -2,23 +2,32 @@
 
 Tensors are named `in.<name>`, `expected.<name>` and `budget.<name>`. The metadata entry `rattention` is a JSON object
 with the keys format, op, attrs, clauses, note, source, seed, property and params; `manifest.json` beside a set of files
-lists them. See docs/vectors.md.
+lists them. See docs/vectors.md. Anyone may have written such a file: what is wrong with it is one `CaseError`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rattention.conformance import tensorfile
+from rattention.conformance import jsontext, tensorfile, wellformed
 from rattention.conformance.case import Case, from_json, to_json
+from rattention.conformance.wire import schema
 
 FORMAT = 1
 KEY = "rattention"
 MANIFEST = "manifest.json"
+
+
+class CaseError(ValueError):
+    """A file that cannot be used as a case or as a manifest: one line that names it and says what is wrong."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"{path}: {' '.join(reason.split())}")
 
 
 def case_bytes(case: Case) -> bytes:
@@ -48,29 +57,48 @@ def save_case(path: str | Path, case: Case) -> Path:
 
 
 def load_case(path: str | Path) -> Case:
-    """Read one case.
+    """Read one case, whatever it calls.
 
     Raises:
-        ValueError: the file is not a case of a format this version reads.
+        CaseError: the file cannot be read, or is no case of a format that this version reads.
     """
-    tensors, metadata = tensorfile.read(path)
+    try:
+        return _parse_case(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise CaseError(path, _why(error)) from None
+
+
+def load_valid(path: str | Path) -> Case:
+    """Read one case that a backend is to be judged on.
+
+    Raises:
+        CaseError: as `load_case`; or the call is not valid, or what is stored beside it does not fit its outputs.
+    """
+    case = load_case(path)
+    wrong = wellformed.fault(case)
+    if wrong:
+        raise CaseError(path, wrong)
+    return case
+
+
+def _parse_case(raw: bytes) -> Case:
+    tensors, metadata = tensorfile.parse(raw)
     if KEY not in metadata:
-        raise ValueError(f"{path}: a safetensors file, but not a case: it has no metadata entry {KEY!r}")
-    about = json.loads(metadata[KEY])
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{path}: case format {about.get('format')}; this version reads format {FORMAT}")
+        raise ValueError(f"a safetensors file, but not a case: it has no metadata entry {KEY!r}")
+    about = _described("case", "metadata", metadata[KEY])
     groups: dict[str, dict[str, Any]] = {"in": {}, "expected": {}, "budget": {}}
     for full, array in tensors.items():
         kind, _, name = full.partition(".")
         if kind not in groups or not name:
-            raise ValueError(f"{path}: tensor {full!r} is none of in.NAME, expected.NAME, budget.NAME")
+            raise ValueError(f"tensor {full!r} is none of in.NAME, expected.NAME, budget.NAME")
         groups[kind][name] = array
+    seed = about.get("seed")
     return Case(
         op=about["op"],
         tensors=groups["in"],
         attrs=from_json(about["attrs"]),
         note=about.get("note", ""),
-        seed=about.get("seed"),
+        seed=None if seed is None else int(seed),
         clauses=tuple(about.get("clauses", ())),
         source=about.get("source", ""),
         property_name=about.get("property", "agreement"),
@@ -80,16 +108,43 @@ def load_case(path: str | Path) -> Case:
     )
 
 
-def save_set(folder: str | Path, cases: Mapping[str, Case], about: Mapping[str, Any] | None = None) -> Path:
-    """Write `cases` (name to case) and their manifest into `folder`.
+def _read(path: str | Path) -> bytes:
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("not a file")  # a folder, or a device that would be read for ever
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror or error}") from None
+
+
+def _described(name: str, what: str, text: str) -> dict[str, Any]:
+    """A JSON text that keeps to the schema `name`, of a format that this version reads."""
+    try:
+        about = jsontext.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{what} is not JSON: {error}") from None
+    number = about.get("format") if isinstance(about, dict) else None
+    if number is not None and (isinstance(number, bool) or number != FORMAT):
+        raise ValueError(f"{name} format {number!r}; this version reads format {FORMAT}")
+    wrong = schema.fault(name, about)
+    if wrong:
+        raise ValueError(f"{what}: {wrong}")
+    return about
+
+
+def _why(error: Exception) -> str:
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
+def set_files(cases: Mapping[str, Case], about: Mapping[str, Any] | None = None) -> dict[str, bytes]:
+    """File name to content of a set: `cases` (name to case), and their manifest at the end.
 
     `about` adds keys to the manifest: what the set is, licence, how to make it again.
     """
-    folder = Path(folder)
+    files: dict[str, bytes] = {}
     entries = []
     for name, case in cases.items():
-        data = case_bytes(case)
-        tensorfile.write_bytes(folder / f"{name}.safetensors", data)
+        data = files[f"{name}.safetensors"] = case_bytes(case)
         entries.append(
             {
                 "file": f"{name}.safetensors",
@@ -102,31 +157,58 @@ def save_set(folder: str | Path, cases: Mapping[str, Case], about: Mapping[str, 
         )
     manifest = {"format": FORMAT, **(about or {}), "cases": entries}
     text = json.dumps(to_json(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return tensorfile.write_bytes(folder / MANIFEST, text.encode("utf-8"))
+    return {**files, MANIFEST: text.encode("utf-8")}
+
+
+def save_set(folder: str | Path, cases: Mapping[str, Case], about: Mapping[str, Any] | None = None) -> Path:
+    """Write the files of `set_files` into `folder`; returns the manifest."""
+    for name, data in set_files(cases, about).items():
+        tensorfile.write_bytes(Path(folder) / name, data)
+    return Path(folder) / MANIFEST
 
 
 def list_set(path: str | Path) -> list[Path]:
     """Files of a set: `path` is a manifest, a folder with or without one, or a single case.
 
     Raises:
-        ValueError: a file listed in the manifest is missing or its checksum differs.
+        CaseError: the manifest is malformed, a file that it lists is missing or has another checksum, or there is no
+            case at all.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / MANIFEST if (path / MANIFEST).is_file() else path
-    if path.is_dir():
-        return sorted(path.rglob("*.safetensors"))
-    if path.suffix != ".json":
-        return [path]
-    files = []
-    for entry in json.loads(path.read_text(encoding="utf-8"))["cases"]:
-        file = path.parent / entry["file"]
-        if not file.is_file():
-            raise ValueError(f"{path}: {entry['file']} is listed but missing")
-        if "sha256" in entry and hashlib.sha256(file.read_bytes()).hexdigest() != entry["sha256"]:
-            raise ValueError(f"{path}: {entry['file']} differs from its checksum")
-        files.append(file)
+        path = path / MANIFEST if (path / MANIFEST).exists() else path
+    if path.is_dir() and path.name != MANIFEST:
+        files = sorted(path.rglob("*.safetensors"))
+    elif path.suffix == ".json":
+        files = [_listed(path, entry) for entry in read_manifest(path)["cases"]]
+    else:
+        files = [path]
+    if not files:
+        raise CaseError(path, "no cases there")
     return files
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest as it stands.
+
+    Raises:
+        CaseError: it cannot be read, or is malformed.
+    """
+    try:
+        return _described("manifest", "manifest", _read(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CaseError(path, _why(error)) from None
+
+
+def _listed(manifest: Path, entry: Mapping[str, Any]) -> Path:
+    file = manifest.parent / entry["file"]
+    try:
+        data = _read(file)
+    except ValueError as error:
+        raise CaseError(manifest, f"{entry['file']} is listed but missing: {error}") from None
+    if "sha256" in entry and hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise CaseError(manifest, f"{entry['file']} differs from its checksum")
+    return file
 
 
 def load_set(path: str | Path) -> Iterable[tuple[Path, Case]]:

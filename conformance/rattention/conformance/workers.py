@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 LOSSES = 10
 """Workers lost before the rest of the run is left out: a backend that takes every process down is known by then."""
+STOP_SECONDS = 5.0
+"""Seconds that the workers have to end by themselves; after Ctrl-C they have one."""
 HURRIED = 60.0
 """Each case that hangs halves the time that the next may take, down to this many seconds."""
 START_LIMIT = 300.0
@@ -73,12 +77,27 @@ class SuiteFault(Exception):
     """A fault of the suite, not of the backend."""
 
 
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes started here do not see Ctrl-C, which a terminal sends to all: the parent alone ends the run."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks Ctrl-C where it has to start first
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Worker:
     def __init__(self, target: str, plan: Plan, select: str):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, target, plan, select), daemon=True)
-        self.process.start()
+        with without_interrupts():
+            self.process.start()
         theirs.close()
         self.ready = False
         self.queue: deque[Unit] = deque()
@@ -91,10 +110,16 @@ class _Worker:
 
 
 class Pool:
-    """`settings.workers` processes that share one list of units, heavy ones first."""
+    """`settings.workers` processes that share one list of units, heavy ones first.
+
+    results: by index of the unit, and failures: made small; both hold what was found so far if a run ends early.
+    """
 
     def __init__(self, target: str, plan: Plan, settings: Settings):
         self.target, self.plan, self.settings = target, plan, settings
+        self.results: dict[int, UnitResult] = {}
+        self.failures: list[Failure] = []
+        self.stop_seconds = STOP_SECONDS
         self.workers = [self._start() for _ in range(settings.workers)]
         self.losses = 0
         self.limit = settings.timeout
@@ -102,43 +127,40 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         for worker in self.workers:
             with contextlib.suppress(OSError, ValueError):
                 worker.pipe.send(("stop", None))
+        end = time.monotonic() + (self.stop_seconds if kind is None else 1.0)
         for worker in self.workers:
-            worker.process.join(5)
+            worker.process.join(max(0.0, end - time.monotonic()))
             if worker.process.is_alive():
                 worker.kill()
 
     def _start(self) -> _Worker:
         return _Worker(self.target, self.plan, self.settings.select)
 
-    def run(self, units: Sequence[Unit], progress: Progress | None = None) -> list[UnitResult]:
-        """Results in the order of `units`; those left out after too many lost workers have none."""
-        results: dict[int, UnitResult] = {}
+    def run(self, units: Sequence[Unit], progress: Progress | None = None) -> None:
+        """Fill `results`; units left out after too many lost workers have none."""
         failed = 0
 
         def take(unit: Unit, answer: Any) -> None:
             nonlocal failed
-            results[unit.index] = answer
+            self.results[unit.index] = answer
             failed += answer.status == "fail"
             if progress:
-                progress(len(results), len(units), failed)
+                progress(len(self.results), len(units), failed)
 
         self._spread("run", self._chunks(units), take, _lost)
-        return [results[u.index] for u in units if u.index in results]
 
-    def minimise(self, units: Sequence[Unit]) -> list[Failure]:
-        """Minimal cases of failing units; a unit that kills the worker while it shrinks is left as it was."""
-        found: list[Failure] = []
+    def minimise(self, units: Sequence[Unit]) -> None:
+        """Fill `failures`: minimal cases; a unit that kills the worker while it shrinks is left as it was."""
 
         def take(unit: Unit, answer: Any) -> None:
             if answer is not None:
-                found.append(answer)
+                self.failures.append(answer)
 
         self._spread("minimise", deque([u] for u in units), take, lambda unit, why: None)
-        return found
 
     def _chunks(self, units: Sequence[Unit]) -> deque[list[Unit]]:
         """Units that share a compiled program stay together; what is long goes first: nobody waits at the end."""

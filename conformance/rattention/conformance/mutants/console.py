@@ -9,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rattention.conformance import tensorfile
 from rattention.conformance.mutants import CATALOGUE
 from rattention.conformance.mutants.coverage import Row, clause_rows, holes, markdown, passing
 from rattention.conformance.mutants.runner import Death, run_mutants, select
+from rattention.conformance.output import warn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -21,10 +23,13 @@ SEED = 20250618
 
 
 def command(profile: str, seed: int | None, report: Path | None, text: str, console: Console) -> int:
-    """Exit code: 0 when every mutant dies and every clause is covered, 1 otherwise, 2 when nothing matches `text`."""
+    """Exit code: 0 when every mutant dies and every clause is covered, 1 when not.
+
+    2 when nothing matches `text`, or when the run was interrupted before one survived.
+    """
     chosen = select(text)
     if not chosen:
-        console.print(f"no mutant is called {escape(text)}")
+        warn(f"--select {text}: no mutant is called so")
         return 2
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
@@ -32,19 +37,40 @@ def command(profile: str, seed: int | None, report: Path | None, text: str, cons
     console.print(f"profile {profile}, seed {seed}, {len(chosen)} mutants")
     workers = max(1, min(2, os.cpu_count() or 1)) if len(chosen) > 8 else 0
 
+    deaths: list[Death] = []
+
     def step(death: Death) -> None:
+        deaths.append(death)
         if not death.killed:
             console.print(f"[bold red]survivor[/] {death.mutant} after {death.cases} cases")
 
-    deaths = run_mutants(profile, seed, chosen, workers=workers, progress=step)
     rows: list[Row] = []
-    if not text:  # coverage is a statement about the whole catalogue
-        rows = clause_rows(deaths, passing(profile, seed, report))
+    try:
+        run_mutants(profile, seed, chosen, workers=workers, progress=step)
+        if not text:  # coverage is a statement about the whole catalogue
+            rows = clause_rows(_in_order(deaths), passing(profile, seed, report))
+        whole = True
+    except KeyboardInterrupt:
+        whole = False
+    deaths = _in_order(deaths)
     _print(deaths, rows, console)
+    if not whole:
+        console.print(f"[bold red]interrupted[/]: {len(chosen) - len(deaths)} mutants were not run")
     if report:
-        _write(deaths, rows, report, profile, seed)
-        console.print(f"report: {report / 'mutants.json'}", soft_wrap=True)
-    return 0 if all(d.killed for d in deaths) and not holes(rows) else 1
+        try:
+            _write(deaths, rows, report, profile, seed)
+            console.print(f"report: {escape(str(report / 'mutants.json'))}", soft_wrap=True)
+        except OSError as error:
+            warn(f"{report} could not be written: {error.strerror or error}")
+    if not all(d.killed for d in deaths) or holes(rows):
+        return 1
+    return 0 if whole else 2
+
+
+def _in_order(deaths: list[Death]) -> list[Death]:
+    """Those of the catalogue, whichever process was first."""
+    place = {name: i for i, name in enumerate(CATALOGUE)}
+    return sorted(deaths, key=lambda d: place[d.mutant])
 
 
 def _print(deaths: list[Death], rows: list[Row], console: Console) -> None:
@@ -73,7 +99,6 @@ def _print(deaths: list[Death], rows: list[Row], console: Console) -> None:
 
 
 def _write(deaths: list[Death], rows: list[Row], report: Path, profile: str, seed: int) -> None:
-    report.mkdir(parents=True, exist_ok=True)
     mutants: list[dict[str, Any]] = []
     for d in deaths:
         m = CATALOGUE[d.mutant]
@@ -87,6 +112,7 @@ def _write(deaths: list[Death], rows: list[Row], report: Path, profile: str, see
         "clauses": [asdict(row) for row in rows],
         "holes": holes(rows),
     }
-    (report / "mutants.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if rows:
-        (report / "coverage.md").write_text(markdown(rows), encoding="utf-8")
+    tensorfile.write_bytes(report / "mutants.json", (json.dumps(summary, indent=2) + "\n").encode("utf-8"))
+    # Written in any case: the table of an earlier run must not stand beside the mutants of this one.
+    table = markdown(rows) if rows else "Not measured: only part of the catalogue was run.\n"
+    tensorfile.write_bytes(report / "coverage.md", table.encode("utf-8"))

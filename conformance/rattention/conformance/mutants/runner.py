@@ -19,7 +19,7 @@ from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.runner import Settings, plan_units
 from rattention.conformance.session import Session, Unit
 from rattention.conformance.strategies import make_plan
-from rattention.conformance.workers import end_with_parent
+from rattention.conformance.workers import end_with_parent, without_interrupts
 
 KEPT_CASE = 2**19
 """Bytes up to which a case stays in memory; larger ones are built again."""
@@ -190,5 +190,7 @@ def _one(name: str) -> Death:
 
 def _spread(profile: str, seed: int, chosen: Sequence[Mutant], workers: int) -> Iterator[Death]:
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start, (profile, seed)) as pool:
+    with without_interrupts():
+        pool = context.Pool(workers, _start, (profile, seed))
+    with pool:
         yield from pool.imap_unordered(_one, [m.id for m in chosen], chunksize=4)

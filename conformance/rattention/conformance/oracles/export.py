@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,13 +11,14 @@ from rattention.conformance.oracles import onnx_operations
 from rattention.spec import dtype_name, load, validate
 
 
-def export_graphs(folder: Path, cases: Iterable[Case]) -> list[Path]:
-    """Write one model per operation and set of optional inputs that occurs in `cases`, in float32.
+def graphs(cases: Iterable[Case]) -> dict[str, bytes]:
+    """File name to content: one model per operation and set of optional inputs that occurs in `cases`, in float32.
 
     A model keeps the head counts, channel sizes, window and other attributes of the first case that needs it; batch and
     length are symbolic. Every model passes the checker.
     """
-    written: dict[tuple[str, ...], Path] = {}
+    files: dict[str, bytes] = {}
+    written: set[tuple[str, ...]] = set()
     for case in cases:
         op = load().operations[case.op]
         storage = {str(t.dtype) for t in case.tensors.values() if t.dtype.kind != "i"}
@@ -36,8 +36,6 @@ def export_graphs(folder: Path, cases: Iterable[Case]) -> list[Path]:
         model.doc_string = f"{op.summary}; attributes {dict(case.attrs)}"
         onnx.checker.check_model(model, full_check=True)
         number = sum(one[0] == case.op for one in written)
-        path = folder / f"{case.op}-{number:02d}.onnx"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(model.SerializeToString(deterministic=True))
-        written[key] = path
-    return list(written.values())
+        files[f"{case.op}-{number:02d}.onnx"] = model.SerializeToString(deterministic=True)
+        written.add(key)
+    return files

@@ -21,7 +21,8 @@ class Property:
 
     name, about: for reports. clauses: every label it can check; a case may name fewer. draw: the recipes of a plan, in
     a fixed order. make: a recipe's case, None where the recipe makes no sense for the property (shrinking asks for such
-    recipes). check: the verdict; it must not depend on anything but the case.
+    recipes). check: the verdict; it must not depend on anything but the case. stored: its cases come from disk, and
+    keep the property that they name.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Property:
     make: Make
     check: Check
     shrinks: bool = True
+    stored: bool = False
 
 
 REGISTRY: dict[str, Property] = {}
@@ -42,14 +44,21 @@ def default_make(plan: Plan, recipe: Recipe) -> Case:
 
 
 def register(
-    name: str, about: str, clauses: tuple[str, ...], draw: Draw, make: Make = default_make, *, shrinks: bool = True
+    name: str,
+    about: str,
+    clauses: tuple[str, ...],
+    draw: Draw,
+    make: Make = default_make,
+    *,
+    shrinks: bool = True,
+    stored: bool = False,
 ) -> Callable[[Check], Check]:
     """Decorator of a property's `check`."""
 
     def enter(check: Check) -> Check:
         if name in REGISTRY:
             raise ValueError(f"property {name!r} is registered twice")
-        REGISTRY[name] = Property(name, about, clauses, draw, make, check, shrinks)
+        REGISTRY[name] = Property(name, about, clauses, draw, make, check, shrinks, stored)
         return check
 
     return enter
@@ -59,7 +68,7 @@ def make_case(prop: Property, plan: Plan, recipe: Recipe) -> Case | None:
     """The case of a property, labelled with it."""
     case = prop.make(plan, recipe)
     if case is not None:
-        case.property_name = prop.name
+        case.property_name = case.property_name if prop.stored else prop.name
         case.seed = recipe.seed
         case.clauses = case.clauses or prop.clauses
         case.note = case.note or prop.about

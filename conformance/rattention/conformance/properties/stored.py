@@ -11,29 +11,28 @@ from rattention.conformance.context import Context, storage_of
 from rattention.conformance.features import exercised
 from rattention.conformance.judge import Violation
 from rattention.conformance.properties.agreement import ALL
-from rattention.conformance.properties.agreement import check as agree
-from rattention.conformance.properties.base import register
+from rattention.conformance.properties.base import REGISTRY, register
 from rattention.conformance.strategies import Plan, Recipe
-
-LIMIT = {"smoke": 4, "quick": 1000, "full": 1000}
 
 
 def _draw(plan: Plan) -> Iterator[Recipe]:
-    files = [file for path in plan.vectors for file in vectors.list_set(path)]
-    for file in files[: LIMIT[plan.profile]]:
-        case = vectors.load_case(file)
+    for file in (file for path in plan.vectors for file in vectors.list_set(path)):
+        case = vectors.load_valid(file)
         # T weighs the unit for the workers; everything else is in the file.
         T = case.tensors["q"].shape[1] if "q" in case.tensors else 1
         yield Recipe(case.op, dtype=storage_of(case), T=T, seed=case.seed or 0, extra=(str(file),))
 
 
 def _make(plan: Plan, recipe: Recipe) -> Case:
-    case = vectors.load_case(Path(recipe.extra[0]))
-    case.clauses = case.clauses or exercised(case.op, case.tensors, case.attrs)
+    case = vectors.load_valid(Path(recipe.extra[0]))
+    if not case.clauses and case.property_name == "agreement":
+        case.clauses = exercised(case.op, case.tensors, case.attrs)
     return case
 
 
-@register("stored vectors", "cases from disk, real activations among them", ALL, _draw, _make, shrinks=False)
+@register("stored vectors", "cases from disk, real activations among them", ALL, _draw, _make,
+          shrinks=False, stored=True)  # fmt: skip
 def check(ctx: Context, case: Case) -> list[Violation]:
-    """The stored answer, within the stored budget."""
-    return agree(ctx, case)
+    """The verdict of the property that the case names: agreement with the stored answer, where it names no other."""
+    name = "agreement" if case.property_name == "stored vectors" else case.property_name
+    return REGISTRY[name].check(ctx, case)

@@ -1,7 +1,23 @@
 """What a run found, for people and for machines."""
 
 from rattention.conformance.reporting.console import print_matrices, print_outcome
-from rattention.conformance.reporting.files import write_overview, write_report
-from rattention.conformance.reporting.summary import case_name, summarise
+from rattention.conformance.reporting.files import CASES, REPORT, case_files, folder_names, overview_files, report_files
+from rattention.conformance.reporting.folder import CannotWrite, Folder, try_folder
+from rattention.conformance.reporting.summary import case_name, replay_line, summarise
 
-__all__ = ["case_name", "print_matrices", "print_outcome", "summarise", "write_overview", "write_report"]
+__all__ = [
+    "CASES",
+    "REPORT",
+    "CannotWrite",
+    "Folder",
+    "case_files",
+    "case_name",
+    "folder_names",
+    "overview_files",
+    "print_matrices",
+    "print_outcome",
+    "replay_line",
+    "report_files",
+    "summarise",
+    "try_folder",
+]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rattention.conformance.reporting.summary import failing
+from rattention.conformance.reporting.summary import failing, replay_line
 from rattention.spec import load
 from rich.console import Console
 from rich.markup import escape
@@ -21,8 +22,8 @@ SHOWN = 8
 """Failures printed in full; the others are in the report."""
 
 
-def print_outcome(console: Console, report: dict[str, Any], folder: Path | None) -> None:
-    """Print one report. `folder` holds the case files of the failures."""
+def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, Path] | None = None) -> None:
+    """Print one report. `cases`: where the case files of the failures are, by name; none where they are not."""
     console.print(_matrix(report))
     wrong = failing(report["clauses"])
     if wrong:
@@ -40,14 +41,17 @@ def print_outcome(console: Console, report: dict[str, Any], folder: Path | None)
     for reason, count in list(report["unsupported"].items())[:6]:
         console.print(f"[yellow]unsupported[/] ({count} cases): {escape(reason)}")
     for failure in report["failures"][:SHOWN]:
-        _failure(console, report, failure, folder)
+        _failure(console, report, failure, (cases or {}).get(failure["file"]))
     more = len(report["failures"]) - SHOWN
     if more > 0:
         console.print(f"[dim]and {more} more failure{'s' if more > 1 else ''} in the report[/]")
     c = report["cases"]
     if c["left_out"]:
-        console.print(f"[bold red]{c['left_out']} cases were not run[/]: the run was given up after these failures")
+        why = report["stopped"] or "the run was given up after these failures"
+        console.print(f"[bold red]{c['left_out']} cases were not run[/]: {escape(why)}", soft_wrap=True)
     verdict = "[bold green]CONFORMING[/]" if report["conforming"] else "[bold red]NOT CONFORMING[/]"
+    if report["unfinished"]:
+        verdict = "[bold yellow]NO VERDICT[/]"
     console.print(
         f"{verdict}  {escape(report['backend'])}  {c['passed']} passed, {c['failed']} failed, "
         f"{c['unsupported']} unsupported  profile {report['profile']}, seed {report['seed']}, {report['seconds']:.1f} s"
@@ -117,7 +121,7 @@ def _budget(report: dict[str, Any]) -> Table:
     return table
 
 
-def _failure(console: Console, report: dict[str, Any], failure: dict[str, Any], folder: Path | None) -> None:
+def _failure(console: Console, report: dict[str, Any], failure: dict[str, Any], file: Path | None) -> None:
     console.rule(f"[red]{escape(failure['property'])}[/]  {escape(failure['op'])}  {failure['dtype']}", align="left")
     console.print(f"case: {escape(failure['case'])}", highlight=False)
     for violation in failure["violations"][:4]:
@@ -126,7 +130,5 @@ def _failure(console: Console, report: dict[str, Any], failure: dict[str, Any], 
         labels = violation["clauses"][:4]
         for label in labels:
             console.print(f"    [bold]{label}[/] {escape(load().clauses.get(label, ''))}", highlight=False)
-    if folder is not None:
-        target = report["backend"]
-        quoted = f'"{target}"' if " " in target else target
-        console.print(f"rattention replay {folder / failure['file']} {quoted}", highlight=False, soft_wrap=True)
+    if file is not None:
+        console.print(escape(replay_line(file, report)), highlight=False, soft_wrap=True)

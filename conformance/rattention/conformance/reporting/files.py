@@ -1,43 +1,57 @@
-"""report.json, junit.xml and report.html, each written under a temporary name and then moved."""
+"""The files of a report as bytes: report.json, junit.xml, report.html and the failing cases; `folder` writes them."""
 
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from rattention.conformance import tensorfile
-from rattention.conformance.reporting.summary import case_name, failing
+from rattention.conformance.reporting.summary import case_name, failing, replay_line
 from rattention.conformance.runner import Outcome
 from rattention.spec import load
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 
 
-def write_cases(outcome: Outcome, folder: Path) -> None:
+REPORT = ("report.json", "junit.xml", "report.html")
+CASES = "cases"
+
+
+def folder_names(backends: Iterable[str]) -> dict[str, str]:
+    """A folder for each backend of a report over several, whatever characters its name has."""
+    found: dict[str, str] = {}
+    for backend in backends:
+        name = slug = re.sub(r"[^a-zA-Z0-9_-]+", "-", backend).strip("-") or "backend"
+        number = 1
+        while name in found.values():
+            number += 1
+            name = f"{slug}-{number}"
+        found[backend] = name
+    return found
+
+
+def case_files(outcome: Outcome) -> dict[str, bytes]:
     """The minimal case of every failure, as files that `rattention replay` reads."""
-    for failure in outcome.failures:
-        tensorfile.write_bytes(folder / case_name(failure), failure.case)
+    return {case_name(failure): failure.case for failure in outcome.failures}
 
 
-def write_report(outcome: Outcome, report: dict[str, Any], folder: Path) -> Path:
-    """All files of one report; returns the page.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_cases(outcome, folder / "cases")
-    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    tensorfile.write_bytes(folder / "report.json", text.encode("utf-8"))
-    tensorfile.write_bytes(folder / "junit.xml", junit(outcome, report))
-    return tensorfile.write_bytes(folder / "report.html", html([report], {}).encode("utf-8"))
+def report_files(outcome: Outcome, report: dict[str, Any]) -> dict[str, bytes]:
+    """Name to content of every file of one report, the failing cases last: a full disk costs the least of them."""
+    return {
+        "report.json": _json(report),
+        "junit.xml": junit(outcome, report),
+        "report.html": _bytes(html([report], {}, {})),
+    } | {f"{CASES}/{name}": data for name, data in case_files(outcome).items()}
 
 
-def write_overview(reports: list[dict[str, Any]], absent: dict[str, str], folder: Path) -> Path:
-    """One page and one JSON file over several backends."""
+def overview_files(
+    reports: list[dict[str, Any]], absent: dict[str, str], folders: Mapping[str, str]
+) -> dict[str, bytes]:
+    """One page and one JSON file over several backends, whose own reports are in `folders`."""
     merged = {
         "backend": "all",
         "conforming": all(r["conforming"] for r in reports) and bool(reports),
@@ -47,9 +61,19 @@ def write_overview(reports: list[dict[str, Any]], absent: dict[str, str], folder
         "backends": {r["backend"]: {"conforming": r["conforming"], "matrix": r["matrix"]} for r in reports},
         "absent": absent,
     }
-    text = json.dumps(merged, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    tensorfile.write_bytes(folder / "report.json", text.encode("utf-8"))
-    return tensorfile.write_bytes(folder / "report.html", html(reports, absent).encode("utf-8"))
+    return {
+        "report.json": _json(merged),
+        "report.html": _bytes(html(reports, absent, folders)),
+    }
+
+
+def _json(report: Any) -> bytes:
+    return _bytes(json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _bytes(text: str) -> bytes:
+    """Names of files and backends may hold bytes that are no text: they become escapes."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def _merge_clauses(reports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -62,7 +86,7 @@ def _merge_clauses(reports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def html(reports: list[dict[str, Any]], absent: dict[str, str]) -> str:
+def html(reports: list[dict[str, Any]], absent: dict[str, str], folders: Mapping[str, str]) -> str:
     """A self-contained page: no script, no font and no image from elsewhere."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -76,6 +100,7 @@ def html(reports: list[dict[str, Any]], absent: dict[str, str]) -> str:
         dtypes=load().storage_dtypes,
         failing=failing,
         shade=shade,
+        replay=lambda report, file: replay_line(Path(folders.get(report["backend"], "")) / CASES / file, report),
     )
 
 
@@ -117,10 +142,15 @@ def junit(outcome: Outcome, report: dict[str, Any]) -> bytes:
                 element.text = _xml("\n".join(v.message for v in bad[:20]))
             elif all(r.status == "unsupported" for r in results):
                 ET.SubElement(case, "skipped", message=_xml(results[0].reason))
+    if report["stopped"]:
+        suite = ET.SubElement(root, "testsuite", name="run", tests="1", failures="0", skipped="0", errors="1")
+        case = ET.SubElement(suite, "testcase", classname="run", name="every case was run", time="0")
+        left = f"{report['cases']['left_out']} cases were not run"
+        ET.SubElement(case, "error", message=_xml(f"{left}: {report['stopped']}"), type="stopped")
     ET.indent(root)
     return ET.tostring(root, encoding="utf-8", xml_declaration=True)
 
 
 def _xml(text: str) -> str:
-    """Without the control characters that XML forbids."""
-    return "".join(c for c in text if c in "\t\n" or ord(c) >= 32)
+    """Without the characters that XML forbids: control characters, and halves of surrogate pairs."""
+    return re.sub("[^\\t\\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", text)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 from rattention.conformance.properties import REGISTRY
@@ -19,6 +21,11 @@ def case_name(failure: Failure) -> str:
     return f"{slug}-{failure.index}.safetensors"
 
 
+def replay_line(file: Path, report: dict[str, Any]) -> str:
+    """The command that runs a failing case again, quoted for a shell."""
+    return shlex.join(["rattention", "replay", str(file), report["backend"]])
+
+
 def summarise(outcome: Outcome) -> dict[str, Any]:
     """The report as JSON-ready data. Stable keys: backend, conforming, clauses, cases, budget."""
     settings = outcome.settings
@@ -26,6 +33,8 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     return {
         "backend": outcome.backend,
         "conforming": outcome.conforming,
+        "stopped": outcome.stopped,
+        "unfinished": outcome.unfinished,
         "profile": settings.profile,
         "seed": settings.seed,
         "select": settings.select,
