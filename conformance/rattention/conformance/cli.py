@@ -10,6 +10,7 @@ import secrets
 import sys
 from dataclasses import replace
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,23 @@ SeedOption = Annotated[
     int | None, typer.Option(help="the same seed gives the same cases; default: a fresh one, printed")
 ]
 ProfileOption = Annotated[Profile, typer.Option(help="how much to run")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            package = metadata.version("rattention")
+        except metadata.PackageNotFoundError:
+            package = "(not installed)"
+        console.print(f"rattention {package}, specification {load().version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it and stop")] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -84,7 +102,7 @@ def conform(
 
 
 def default_vectors() -> list[str]:
-    """The stored vectors of a checkout, where there are some."""
+    """The stored vectors: a checkout has them in spec/, an installed package carries them."""
     from rattention.spec.operations import operations_file
 
     folder = operations_file().parent / "vectors"
@@ -233,12 +251,23 @@ def vectors_export(
 
 @vectors_app.command("check")
 def vectors_check(
-    folder: Annotated[Path, typer.Argument(help="a set, a manifest or one case")],
-    backend: Backend,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[FOLDER] BACKEND",
+            help=f"a set, a manifest or one case (default: the stored vectors of this package), and {BACKEND_HELP}",
+        ),
+    ],
 ) -> None:
     """Run every case of a set."""
     from rattention.conformance.replay import check_set
 
+    *folders, backend = arguments
+    if not folders:
+        folders = default_vectors() or _cannot("the stored vectors are missing: the installation is incomplete")
+    if len(folders) > 1:
+        _cannot(f"vectors check takes FOLDER and BACKEND, or BACKEND alone; {len(arguments)} arguments came")
+    folder = Path(folders[0])
     try:
         lines, failed = check_set(folder, backend)
     except backends.CannotRun as reason:
