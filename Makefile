@@ -24,7 +24,7 @@ conform: $(STAMP) ## hold every backend that this machine can run against the sp
 	$(BIN)/rattention conform all --profile quick --report report
 
 test: $(STAMP) lint ## lint, type check and every test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

@@ -19,8 +19,6 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 ROOTS = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["dev-mode-dirs"]
 PARTS = ["spec", "numpy", "torch", "jax", "conformance"]
 
-pytestmark = pytest.mark.xdist_group("package")  # one worker, so that wheel and environment are made once
-
 
 def run(*command: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a command in `cwd`; no variable of Python's own is passed on, PYTHONPATH above all."""
@@ -33,16 +31,15 @@ def run(*command: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedP
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, source, cwd=source)
+    run(sys.executable, "-m", "hatchling", "build", "--target", kind, "--directory", out, cwd=source)
     (archive,) = out.iterdir()
     return archive
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for package in ("build", "hatchling"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed (extra: dev)")
+    if importlib.util.find_spec("hatchling") is None:
+        pytest.skip("hatchling is not installed (extra: dev)")
     return tmp_path_factory.mktemp("package")
 
 
