@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # formulas.py
 
 project = "rattention"
 copyright = "the rattention authors, Apache-2.0"
