@@ -1,13 +1,16 @@
 """The command line: exit codes, replay, reports, seeds."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rattention.conformance import __main__ as entry
 from rattention.conformance import vectors
 from rattention.conformance.cli import app
 from rattention.conformance.properties import REGISTRY, make_case
@@ -156,6 +159,33 @@ def test_vectors_export_then_check(tmp_path, monkeypatch):
     code, output = call("vectors", "check", tmp_path / "set", "numpy")
     assert code == 0
     assert "4 of 4 cases conform" in output
+
+
+def test_vectors_check_takes_a_folder_and_a_backend_or_a_backend_alone():
+    code, output = call("vectors", "check", "numpy")
+    assert code == 0
+    assert re.search(r"(\d+) of \1 cases conform", output)
+    code, output = call("vectors", "check", "one", "two", "numpy")
+    assert code == 2
+    assert "3 arguments came" in output
+
+
+def test_the_version_is_that_of_the_package_and_of_the_specification():
+    code, output = call("--version")
+    assert code == 0
+    assert load().version in output
+
+
+def test_without_the_packages_of_its_extra_the_command_says_what_to_install(monkeypatch, capsys):
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert {re.split(r"\W", name)[0] for name in extras["conformance"]} == set(entry.NEEDS)
+    monkeypatch.setattr(entry, "find_spec", lambda name: None if name == "rich" else object())
+    with pytest.raises(SystemExit) as exit_code:
+        entry.main()
+    assert exit_code.value.code == 2
+    assert capsys.readouterr().err == "rattention: rich not installed: install rattention with its extra conformance\n"
 
 
 def _with_draw(recipes):

@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,14 @@ def test_figures_of_speed_come_from_results():
     known = json.dumps(results)
     for ratio in re.findall(r"(\d+\.\d+)\s?[x×]", text):
         assert ratio in known, ratio
+
+
+def test_no_document_installs_from_an_index():
+    """Nothing is published: an install names a checkout or a git address, and extras that exist."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    pages = [p for folder in (ROOT, *(ROOT / f for f in ("docs", "spec", "conformance"))) for p in folder.glob("*.md")]
+    commands = [c for p in pages for c in re.findall(r"pip install ([^\n`#]+)", p.read_text(encoding="utf-8"))]
+    assert commands
+    for command in commands:
+        assert re.match(r"(-e )?'(\.\[|rattention(\[[\w,]+\])? @ git\+)", command), command
+        assert {e for names in re.findall(r"\[([\w,]+)\]", command) for e in names.split(",")} <= set(extras), command

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,23 @@ SeedOption = Annotated[int | None, typer.Option(help=f"{SEED_HELP}; default: a f
 ProfileOption = Annotated[Profile, typer.Option(help="how much to run")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            package = metadata.version("rattention")
+        except metadata.PackageNotFoundError:
+            package = "(not installed)"
+        console.print(f"rattention {package}, specification {load().version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def conform(
     backend: Backend,
@@ -79,6 +97,8 @@ def conform(
     known = {*load().clauses, *load().operations, *(label.split("-")[0] for label in load().clauses)}
     from rattention.conformance.properties import REGISTRY
 
+    if select in load().library:
+        cannot(f"--select {select}: a clause about the public functions of a library; a backend is not judged by it")
     if select and select not in known | set(REGISTRY):
         cannot(f"--select {select}: no clause, operation or property of that name")
     chosen = secrets.randbelow(2**31) if seed is None else seed
@@ -111,7 +131,7 @@ FEW_VECTORS = 4
 
 
 def default_vectors(profile: str = "quick") -> list[str]:
-    """The stored vectors of a checkout, where there are some."""
+    """The stored vectors: a checkout has them in spec/, an installed package carries them."""
     from rattention.conformance.vectors import list_set
     from rattention.spec.operations import operations_file
 
@@ -294,17 +314,29 @@ def vectors_export(
 
 @vectors_app.command("check")
 def vectors_check(
-    folder: Annotated[Path, typer.Argument(help="a set, a manifest or one case")],
-    backend: Backend,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[FOLDER] BACKEND",
+            help=f"a set, a manifest or one case (default: the stored vectors of this package), and {BACKEND_HELP}",
+        ),
+    ],
 ) -> None:
     """Run every case of a set."""
     from rattention.conformance.replay import check_set
+
+    *folders, backend = arguments
+    if len(folders) > 1:
+        cannot(f"vectors check takes FOLDER and BACKEND, or BACKEND alone; {len(arguments)} arguments came")
+    found = folders or default_vectors()
+    if not found:
+        cannot("the stored vectors are missing: the installation is incomplete")
 
     def told(lines: list[str]) -> None:
         for line in lines:
             console.print(escape(line), soft_wrap=True)
 
-    raise typer.Exit(1 if check_set(folder, backend, told) else 0)
+    raise typer.Exit(1 if check_set(Path(found[0]), backend, told) else 0)
 
 
 @app.command()

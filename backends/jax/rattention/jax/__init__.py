@@ -1,5 +1,10 @@
 """RAttention in JAX: plain functions, chunked and differentiable in XLA, with Pallas kernels for the TPU."""
 
+from importlib.util import find_spec
+
+if find_spec("jax") is None:
+    raise ModuleNotFoundError("rattention.jax needs JAX: install rattention with its extra jax", name="jax")
+
 from rattention.jax.api import (
     feature_map,
     rattention,

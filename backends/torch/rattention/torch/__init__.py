@@ -5,6 +5,11 @@
 The functions are those of the specification, under its names; `rattention.torch.nn` holds the layer.
 """
 
+from importlib.util import find_spec
+
+if find_spec("torch") is None:
+    raise ModuleNotFoundError("rattention.torch needs PyTorch: install rattention with its extra torch", name="torch")
+
 from rattention.torch.cache import Cache
 from rattention.torch.functions import (
     feature_map,

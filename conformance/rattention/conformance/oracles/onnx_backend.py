@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import Any
+
+if find_spec("onnx") is None:
+    raise ModuleNotFoundError("this backend needs ONNX: install rattention with its extra onnx", name="onnx")
 
 import numpy as np
 import onnx
