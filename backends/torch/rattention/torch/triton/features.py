@@ -9,17 +9,7 @@ feature_map and feature_map_grad: one program per BN rows; each reads D (+ F) el
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.tiles import (
-    blocks_as,
-    column,
-    down,
-    load_block,
-    load_blocks,
-    long,
-    store_blocks,
-    times,
-    up,
-)
+from rattention.torch.triton.tiles import blocks_as, column, down, load_block, load_blocks, long, store_blocks, up
 
 
 @triton.jit
@@ -30,7 +20,7 @@ def scaled(x, scale, HAS_SCALE: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
         y = up(x[j])
         if HAS_SCALE:
             cols, real = column(j, D, DB, ND)
-            y = times(y, up(tl.load(scale + cols, mask=real, other=0.0))[None, :])
+            y = y * up(tl.load(scale + cols, mask=real, other=0.0))[None, :]
         out = out + (y,)
     return out
 
