@@ -126,7 +126,7 @@ class SavedSumUnbounded(SavedSum):
 
 @plant("SWA-3 GRAD-1", "precision", "TRAPS 31: a bound of 1 alone does not make a row sum to 1")
 class SavedSumBounded(SavedSum):
-    """The same, with a bound of 1 on each weight, and a branch output made again from these weights."""
+    """The backward bounds weights from a saved log-sum-exp by 1, and makes its output from them: no sum of 1."""
 
     def remade(self, scores, lse):
         return np.exp(np.minimum(scores - lse, 0))

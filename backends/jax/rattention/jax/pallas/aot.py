@@ -101,7 +101,10 @@ def program(
     def backward(given: dict[str, Any], d_out: Any) -> Any:
         floats = {n: x for n, x in given.items() if n != "segment_ids" and not n.startswith("rope")}
         rest = {n: x for n, x in given.items() if n not in floats}
-        return jax.vjp(lambda x: forward({**x, **rest}), floats)[1](d_out)[0]
+        out, pull = jax.vjp(lambda x: forward({**x, **rest}), floats)
+        gradients = pull(d_out)[0]
+        # The softmax branch saves nothing for its gradient, and a forward that nobody reads would not be built.
+        return (out, gradients) if mode == "swa" else gradients
 
     return backward, (given, given["q"])
 
