@@ -75,7 +75,7 @@ def launches(kind: str, D: int, dtype: torch.dtype, variants: bool = False) -> I
             plan = Plan(**arguments)
             forward(plan)
             final = None if plan.mode == "soft" else empty(B, Hkv, plan.F, D)
-            backward(plan, empty(3, B, Hq, T), empty(B, T, Hq, D, dtype=dtype), final)
+            backward(plan, empty(2, B, Hq, T), empty(B, T, Hq, D, dtype=dtype), final)
         seen: set[tuple[str, str]] = set()
         for x in found:
             key = (x.name, f"{x.constants.get('MODE')} {x.constants.get('KEYS')}")

@@ -107,9 +107,11 @@ def program(job: dict[str, Any]) -> str:
 
 def ours(job: dict[str, Any], folder: str) -> dict[str, Any]:
     """One of our kernels; a backward job holds also the forward that saves for it."""
+    import tpu_traffic
     from rattention.jax.pallas import aot, calls
 
     settings, f, args = built(job)
+    traffic = tpu_traffic.kernels(f, *args)
     kind, mode, sizes = job["kind"], job["mode"], DECODE if job["kind"] == "decode" else SHAPE
     compiled = aot.compile_for(job["generation"], f, *args)
     name = "rattention" if mode == "mix" else mode
@@ -119,12 +121,11 @@ def ours(job: dict[str, Any], folder: str) -> dict[str, Any]:
     for part in ("forward", "backward") if kind == "backward" else (kind,):
         kernel = f"{name}_{part}"
         figures = parse(folder, kernel)
-        cost = calls.costs[kernel]
         turns = SHAPE["Hq"] // SHAPE["Hkv"] if settings.rolled and part == "backward" else 1
         figures["bundles_per_token_head"] = round(figures["bundles"] * turns / rows, 3)
-        figures["hbm_bytes"] = cost.hbm_bytes
-        figures["hbm_bytes_per_token_head"] = round(cost.hbm_bytes / (sizes["B"] * sizes["T"] * sizes["Hq"]), 1)
-        figures["vmem_bytes"] = cost.vmem_bytes
+        hbm_bytes, figures["vmem_bytes"] = traffic[kernel]
+        figures["hbm_bytes"] = hbm_bytes
+        figures["hbm_bytes_per_token_head"] = round(hbm_bytes / (sizes["B"] * sizes["T"] * sizes["Hq"]), 1)
         found.setdefault("kernels", {})[kernel] = figures
     total = sum(part["bundles_per_token_head"] for part in found["kernels"].values())
     found["bundles_per_token_head"] = round(total, 3)

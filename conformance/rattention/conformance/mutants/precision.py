@@ -93,6 +93,49 @@ class SoftmaxSumInBf16(Form):
         return e / np.where(total == 0, 1, total)
 
 
+class SavedSum(Form):
+    """The backward makes its weights again from a saved log-sum-exp, with scores that are summed in another order."""
+
+    def again(self, lse):
+        """Weights of the backward, whose scores add the channels from last to first."""
+        order = np.arange(self.q.shape[-1])[::-1]
+        near = self.near()[:, None, None]
+        total = np.zeros(near.shape, np.float32)
+        for c in order:
+            total = total + self.rq[..., c, None] * self.rk[:, :, None, None, :, c]
+        return np.where(near, self.remade(total * np.float32(self.scale), lse), 0)
+
+    def remade(self, scores, lse):
+        return np.exp(scores - lse)
+
+    def near_branch(self):
+        out = super().near_branch()
+        if self.backward:
+            scores = np.where(self.near()[:, None, None], self.scores(), -np.inf)
+            top = scores.max(-1, keepdims=True, initial=-np.inf)
+            top = np.where(np.isfinite(top), top, 0)
+            total = np.exp(scores - top).sum(-1, keepdims=True)
+            self.p = self.again(top + np.log(np.where(total == 0, 1, total)))
+        return out
+
+
+@plant("SWA-3 GRAD-1", "precision", "TRAPS 31: weights made again from a saved log-sum-exp")
+class SavedSumUnbounded(SavedSum):
+    """Weights of the backward pass are exp(score - saved log-sum-exp), of scores summed in another order."""
+
+
+@plant("SWA-3 GRAD-1", "precision", "TRAPS 31: a bound of 1 alone does not make a row sum to 1")
+class SavedSumBounded(SavedSum):
+    """The backward bounds weights from a saved log-sum-exp by 1, and makes its output from them: no sum of 1."""
+
+    def remade(self, scores, lse):
+        return np.exp(np.minimum(scores - lse, 0))
+
+    def near_branch(self):
+        out = super().near_branch()
+        return self.p @ self.v[:, :, None] if self.backward else out
+
+
 @plant("NUM-3", "one dtype", "rationale: scores in float16 overflow past 65504")
 class ScoresInFloat16(Form):
     """In float16 calls the scores are kept in float16 before they are scaled."""

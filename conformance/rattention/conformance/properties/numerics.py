@@ -261,6 +261,21 @@ def _draw_extreme(plan: Plan) -> Iterator[Recipe]:
             number = plan.count(2, 6, compiled=0.34)
             for i, recipe in enumerate(recipes(plan, op, "small", number, "extreme", _calm, feature_map="softmax")):
                 yield recipe.with_(extra=(i,))
+    yield from _draw_uneven(plan)
+
+
+def _draw_uneven(plan: Plan) -> Iterator[Recipe]:
+    """Gradients of a softmax whose scores round otherwise in every order of summation, each row with one clear winner.
+
+    An implementation that makes weights again, in the order of another kernel, then has weights far above 1, or none.
+    """
+    dtype = "float32" if "float32" in plan.dtypes else plan.dtypes[0]
+    for op in ("sliding_window_attention.vjp", "rattention.vjp", "rattention_extend.vjp"):
+        if plan.has(op):
+            for i in range(plan.count(1, 2, compiled=0.5)):
+                seed = int(plan.rng("uneven", op, i).integers(0, 2**31))
+                sizes = {"T": 17, "Hkv": 1, "G": 2, "D": 24, "Dv": 8, "window": (None, 5)[i % 2], "slots": 4}
+                yield Recipe(op, dtype, options=(), fill="beyond", seed=seed, extra=("uneven",), **sizes)
 
 
 def _make_extreme(plan: Plan, recipe: Recipe) -> Case | None:
@@ -278,7 +293,10 @@ def _make_extreme(plan: Plan, recipe: Recipe) -> Case | None:
         if name in case.tensors:
             x = case.tensors[name]
             size = top if name != "x" else {"float16": 6.5e4}.get(recipe.dtype, 3e38)
-            value = rng.choice([-1.0, 1.0, 0.5, 0.0], x.shape) * size
+            if "uneven" in recipe.extra:
+                value = rng.choice([-1.0, 1.0], x.shape) * rng.uniform(0.5, 1.0, x.shape) * size
+            else:
+                value = rng.choice([-1.0, 1.0, 0.5, 0.0], x.shape) * size
             case.tensors[name] = value.astype(x.dtype)
     case.clauses = ("FM-5",) if case.base_op == "feature_map" else ("SWA-3",)
     case.clauses = ("FM-5",) if case.base_op == BRANCHES[1] else case.clauses

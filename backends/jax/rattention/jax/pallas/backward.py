@@ -1,4 +1,4 @@
-"""The fused backward: everything is rebuilt on chip from q, k, v, the row statistics and one state per step.
+"""The fused backward: everything is rebuilt on chip from q, k, v and one state per step.
 
 Grid (batch, kv heads, steps), the last axis from the end of the sequence to its start. Keys run `Plan.back` steps
 ahead of queries, since a chunk needs the R tiles before it. Per step:
@@ -7,13 +7,13 @@ ahead of queries, since a chunk needs the R tiles before it. Per step:
     2. rebuild the states of the m chunks from the one saved at the step's start
     3. per chunk, last first: gradients of the tile that its fold put into the state, from the state's cotangent D^T
     4. per query head of the chunk (staggered):
-         p^T = 2^(K q^T - lse), o1^T, o2^T as in the forward; norms and mix backwards give do1^T, do2^T
+         p^T, o1^T, o2^T and their norms as in the forward; norms and mix backwards give do1^T, do2^T
          ds^T = p^T (V do1^T - sum(do1 o1));  dq^T += K^T ds^T;  dk += ds^T q;  dv += p^T do1
          border tiles of the linear branch likewise, without exponential;  D^T += do2^T phi(q)
     5. store dk, dv of the m tiles that no earlier chunk reads
 
 dk, dv are summed over the query heads of the group in float32 in the window, and rounded once (GRAD-3).
-Main memory: q, k, v and the cotangent once in, dq, dk, dv once out, statistics and one state per step in.
+Main memory: q, k, v and the cotangent once in, dq, dk, dv once out, one state per step in.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from rattention.jax.pallas import forward, gradients, states
-from rattention.jax.pallas.parts import F32, columns, interleave, read_once, rotate, shift
+from rattention.jax.pallas.parts import F32, clear, columns, interleave, read_once, rotate, shift
 from rattention.jax.pallas.plan import Plan
 
 
@@ -83,14 +83,11 @@ def start(p: Plan, ref: SimpleNamespace) -> None:
     if p.memory and p.linear:
         for h in range(p.together * p.G):
             ref.memory_t[h] = jnp.transpose(ref.memory[h]).astype(ref.memory_t.dtype)
-    if p.back:
-        # The tiles behind the last step stand for queries that do not exist.
-        for name in WINDOWS + SUMS:
-            if hasattr(ref, name):
-                window = getattr(ref, name)
-                for head in range(window.shape[0]):
-                    for i in range(p.back * p.m):
-                        window[head, i] = jnp.zeros(window.shape[2:], window.dtype)
+    # The tiles behind the last step stand for queries that do not exist.
+    for name in WINDOWS + SUMS:
+        if hasattr(ref, name):
+            for head in range(getattr(ref, name).shape[0]):
+                clear(getattr(ref, name), head, 0, p.back * p.m)
 
 
 WINDOWS = ("k_tiles", "kt_tiles", "v_tiles", "vn_tiles", "raw_tiles", "id_tiles")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from rattention.jax.pallas import backward, decode, forward, watch
+from rattention.jax.pallas import backward, cost, decode, forward, watch
 from rattention.jax.pallas.config import Config
 from rattention.jax.pallas.plan import Plan
 
@@ -23,18 +21,6 @@ KERNELS = (
     *("swa_forward", "swa_backward", "rla_forward", "rla_backward"),
 )
 """Every kernel by name, as profiles, schedules and `metadata["kernels"]` show it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a kernel moves across HBM in one call, and what it holds on chip besides the compiler's own, in bytes."""
-
-    hbm_bytes: int
-    vmem_bytes: int
-
-
-costs: dict[str, Cost] = {}
-"""Of the latest build of each kernel, for reports."""
 
 
 def shown(settings: Config) -> dict[str, Any]:
@@ -71,35 +57,8 @@ class Builder:
     def keep(self, name: str, shape: tuple[int, ...], dtype: Any) -> None:
         self.scratch.append((name, pltpu.VMEM(shape, dtype)))
 
-    def held(self) -> int:
-        """Bytes of on-chip memory: scratch, and each block, twice where the next one arrives while one is used."""
-        blocks = [(spec, x.dtype) for (_, spec), x in zip(self.inputs, self.arrays, strict=True)]
-        blocks += [(spec, shape.dtype) for _, spec, shape in self.outputs]
-        total = 0
-        for spec, dtype in blocks:
-            sizes = [int(n) for n in spec.block_shape or () if isinstance(n, int)]
-            total += (1 if self.single else 2) * math.prod(sizes) * jnp.dtype(dtype).itemsize
-        for _, scratch in self.scratch:
-            total += math.prod(scratch.shape) * jnp.dtype(scratch.dtype).itemsize
-        return total
-
-    def moved(self) -> int:
-        """Bytes that cross HBM: a block is fetched or written back whenever its index changes along the grid."""
-        with jax.ensure_compile_time_eval():
-            total = 0
-            operands = [(spec, x.dtype) for (_, spec), x in zip(self.inputs, self.arrays, strict=True)]
-            for spec, dtype in operands + [(spec, shape.dtype) for _, spec, shape in self.outputs]:
-                block, index = spec.block_shape, spec.index_map
-                if block is None or index is None:
-                    continue
-                # Batch rows and heads repeat one pattern, except for what they share, which is small either way.
-                steps = range(self.grid[2]) if len(self.grid) == 3 else range(1)
-                line = [tuple(map(int, index(0, 0, *([s] if len(self.grid) == 3 else [])))) for s in steps]
-                changes = 1 + sum(a != b for a, b in itertools.pairwise(line))
-                total += math.prod(int(n) for n in block if isinstance(n, int)) * jnp.dtype(dtype).itemsize * changes
-            return total * math.prod(self.grid[:2])
-
-    def run(self, body: Callable[[Plan, SimpleNamespace], None]) -> dict[str, Any]:
+    def run(self, body: Callable[[Plan, SimpleNamespace], None], work: tuple[int, int]) -> dict[str, Any]:
+        """The results by name; `work` is operations and exponentials, see `cost`."""
         names = [n for n, *_ in self.inputs] + [n for n, *_ in self.outputs] + [n for n, _ in self.scratch]
         p = self.p
 
@@ -107,7 +66,6 @@ class Builder:
             body(p, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
         watch.traced(self.name)
-        costs[self.name] = Cost(self.moved(), self.held())
         results = pl.pallas_call(
             kernel,
             grid=self.grid,
@@ -120,6 +78,7 @@ class Builder:
                 dimension_semantics=None if p.interpret else ("parallel", "parallel", "arbitrary")[: len(self.grid)],
                 vmem_limit_bytes=p.config.vmem,
             ),
+            cost_estimate=cost.estimate(work, [*self.arrays, *(shape for *_, shape in self.outputs)]),
             name=self.name,
             interpret=watch.interpreter(self.name) if p.interpret else False,
         )(*self.arrays)
@@ -127,7 +86,7 @@ class Builder:
 
 
 def run_forward(p: Plan, given: Mapping[str, Any], save: bool) -> dict[str, Any]:
-    """`out [B, T, Hq*Dv]`, `final_state [B, Hkv, F, Dv]` if `p.final`, and for training `statistics` and `states`."""
+    """`out [B, T, Hq*Dv]`, `final_state [B, Hkv, F, Dv]` if `p.final`, and for training `states`."""
     b = Builder(p, "rattention_forward" if p.mode == "mix" else f"{p.mode}_forward", (p.batch, p.groups, p.steps))
     shared_inputs(b, given, lambda s: s, lambda s: jnp.maximum(s - p.prefix, 0), lambda s: s)
     heads = p.together * p.G
@@ -138,16 +97,11 @@ def run_forward(p: Plan, given: Mapping[str, Any], save: bool) -> dict[str, Any]
     state_block = (1, p.together, p.F, p.value_dim)
     if p.final:
         b.give("final_state", (p.batch, p.kv_heads, p.F, p.value_dim), F32, state_block, lambda b, h, s: (b, h, 0, 0))
-    if save:
-        rows = 3 * heads
-        b.give(
-            "statistics", (p.batch, p.groups, rows, p.tokens), F32, (1, 1, rows, p.step), lambda b, h, s: (b, h, 0, s)
-        )
-        if p.folds:
-            shape = (p.batch, p.kv_heads, p.steps, p.value_dim, p.F)
-            b.give("states", shape, F32, (1, p.together, 1, *shape[3:]), lambda b, h, s: (b, h, s, 0, 0))
+    if save and p.folds:
+        shape = (p.batch, p.kv_heads, p.steps, p.value_dim, p.F)
+        b.give("states", shape, F32, (1, p.together, 1, *shape[3:]), lambda b, h, s: (b, h, s, 0, 0))
     window_scratch(b, p.R + p.m, gradients=False)
-    return b.run(forward.body)
+    return b.run(forward.body, cost.forward(p))
 
 
 def run_backward(
@@ -170,8 +124,6 @@ def run_backward(
     state_block = (1, p.together, p.F, p.value_dim)
     if p.final:
         b.take("d_final", cotangents["final_state"], state_block, whole)
-    rows = 3 * heads
-    b.take("statistics", saved["statistics"], (1, 1, rows, p.step), lambda b, h, s: (b, h, 0, at_work(s)))
     if p.folds:
         block = (1, p.together, 1, p.value_dim, p.F)
         b.take("states", saved["states"], block, lambda b, h, s: (b, h, at_work(s), 0, 0))
@@ -186,7 +138,7 @@ def run_backward(
         shape = (p.batch, p.q_heads, p.F, p.value_dim)
         b.give("d_memory", shape, F32, (1, heads, p.F, p.value_dim), whole)
     window_scratch(b, (p.back + 1) * p.m, gradients=True)
-    results = b.run(backward.body)
+    results = b.run(backward.body, cost.backward(p))
 
     gradients = {name: results[f"d_{name}"] for name in ("q", "k", "v")}
     for name in ("swa_weight", "rla_weight"):
@@ -248,7 +200,7 @@ def run_decode(p: Plan, given: Mapping[str, Any]) -> dict[str, Any]:
     shape = (p.batch, p.tokens, p.q_heads * p.value_dim)
     b.give("out", shape, given["q"].dtype, (1, p.tokens, heads * p.value_dim), row)
     b.give("next_state", given["initial"].shape, F32, state_block, lambda b, h: (b, h, 0, 0))
-    return b.run(decode.body)
+    return b.run(decode.body, cost.decoding(p, slots))
 
 
 def shared_inputs(b: Builder, given: Mapping[str, Any], key_step: Any, query_step: Any, rope_step: Any) -> None:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from rattention.jax.pallas import linear, softmax
-from rattention.jax.pallas.parts import F32, columns, dot, interleave, read_once, rotate, shift
+from rattention.jax.pallas.parts import F32, clear, columns, dot, interleave, read_once, rotate, shift
 from rattention.jax.pallas.plan import Plan
 
 
@@ -61,8 +61,7 @@ def start(p: Plan, ref: SimpleNamespace) -> None:
         if p.R:
             # Tiles before the sequence meet zero weights: they must not hold NaN.
             for window in (ref.k_tiles, ref.v_tiles) + ((ref.raw_tiles,) if hasattr(ref, "raw_tiles") else ()):
-                for i in range(p.m, p.R + p.m):
-                    window[head, i] = jnp.zeros(window.shape[2:], window.dtype)
+                clear(window, head, p.m, p.R)
     if p.R and p.segments:
         ref.id_tiles[...] = jnp.zeros(ref.id_tiles.shape, jnp.int32)
     if p.mode == "mix":
@@ -157,7 +156,7 @@ def task(p: Plan, ref: SimpleNamespace, step: Any, n: int, head: int, first: int
     if p.linear:
         o2 = linear.linear_output(p, ref, n, head, first, chunk, features)
         yield
-    store(p, ref, n, heads, rows, o1, o2, squares, scores.top if p.softmax else None)
+    store(p, ref, n, heads, rows, o1, o2, squares)
     yield
 
 
@@ -166,12 +165,9 @@ def inert_queries(p: Plan, ref: SimpleNamespace, x: Any, n: int) -> Any:
     return inert_to_zero(p, ref, x, n, None) if p.segments else x
 
 
-def store(
-    p: Plan, ref: SimpleNamespace, n: int, heads: list[int], rows: slice, o1: Any, o2: Any, total: Any, top: Any
-) -> None:
-    """Norms, mix, transpose, store; for training also the statistics of the rows."""
+def store(p: Plan, ref: SimpleNamespace, n: int, heads: list[int], rows: slice, o1: Any, o2: Any, total: Any) -> None:
+    """Norms, mix, transpose, store."""
     eps = ref.numbers[0, 0, 1]
-    r1 = r2 = None
     if p.mode == "mix":
         if o1 is not None:
             # rms(o1 / total) without the division.
@@ -182,14 +178,6 @@ def store(
             o2 = o2 * r2
     elif o1 is not None:
         o1 = o1 * (1.0 / total)
-    statistics = []
-    if hasattr(ref, "statistics"):
-        if top is not None:
-            statistics.append(top + jnp.log2(total))
-        if r1 is not None:
-            statistics.append(r1 * total)
-        if r2 is not None:
-            statistics.append(r2)
     for i, h in enumerate(heads):
         at = slice(i * p.C, (i + 1) * p.C)
         parts = []
@@ -201,8 +189,6 @@ def store(
         if p.segments:
             out = jnp.where(ref.id_tiles[0, n + p.R, :1] != 0, out, 0.0)
         ref.out[0, rows, h * p.value_dim : (h + 1) * p.value_dim] = jnp.transpose(out.astype(ref.out.dtype))
-        for j, x in enumerate(statistics):
-            ref.statistics[0, 0, pl.ds(j * p.together * p.G + h, 1), rows] = x[:, at]
 
 
 def finish(p: Plan, ref: SimpleNamespace) -> None:

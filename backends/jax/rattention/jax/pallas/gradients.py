@@ -115,15 +115,6 @@ class Work:
         live = columns(self.p, self.live.astype(F32))[:, :1] != 0
         return jnp.where(live, x, jnp.zeros_like(x))
 
-    def row(self, which: int) -> Any:
-        """Statistic `which` of the task's rows [1, N*C], 0 where no query is."""
-        p = self.p
-        found = []
-        for h in self.heads:
-            x = self.ref.statistics[0, 0, pl.ds(which * p.together * p.G + h, 1), self.rows]
-            found.append(x if self.live is None else jnp.where(self.live, x, 0.0))
-        return beside(found)
-
     def gain(self, branch: str) -> Any:
         """The norm's gains [Dv, N*C], as columns."""
         p, ref = self.p, self.ref
@@ -145,45 +136,26 @@ class Work:
         yield
 
     def softmax_output(self) -> Iterator[None]:
-        """Weights of the unrolled tiles, normalised, and o1^T [Dv, N*C]."""
+        """o1^T [Dv, N*C] and the weights of the tiles outside the loop, by the softmax of these very scores.
+
+        A log-sum-exp saved by the forward would not do: scores made again may be rounded otherwise than those in it, at
+        logits of 1e30 by more than any exponent holds, and weights have to sum to 1 (SWA-3).
+        """
         p = self.p
-        self.scores = softmax.Scores(p, self.view(), self.step, self.n, self.head, self.N, self.queries)
-        self.lse = self.row(0)
-        held = self.scores.tiles()
-        yield
-        held += [(r, self.scores.score(r)) for r in p.unrolled]
-        yield
-        self.weights = [(r, self.weight(s)) for r, s in held]
-        output = functools.reduce(jnp.add, [self.scores.weigh(r, w) for r, w in self.weights])
-        total = self.sum([w for _, w in self.weights]) if p.renormalise else None
+        scores = self.scores = softmax.Scores(p, self.view(), self.step, self.n, self.head, self.N, self.queries)
+        yield from scores.first()
+        top = scores.top
+        yield from scores.values()
+        inverse = 1.0 / scores.total
+        self.o1 = scores.output * inverse
         if p.loop[1]:
+            self.lse = scores.top + jnp.log2(scores.total)  # for the looped tiles, whose weights are made once more
+            inverse = inverse * jnp.exp2(top - scores.top)
+        self.weights = [(r, w * inverse) for r, w in scores.weights]
 
-            def group(r: Any, carry: Any) -> Any:
-                output, total = carry
-                weights = [self.weight(self.scores.score(r + i)) for i in range(p.config.tiles)]
-                parts = [self.scores.weigh(r + i, w) for i, w in enumerate(weights)]
-                output = functools.reduce(jnp.add, parts, output)
-                return output, None if total is None else total + self.sum(weights)
-
-            output, total = loop_groups(p, p.R - self.chunk, (output, total), group)
-        if total is not None:
-            # At logits of 1e30 nothing may be left of the sum.
-            total = jnp.where(total > 0.5, total, 1.0)
-            inverse = 1.0 / total
-            output = output * inverse
-            self.weights = [(r, w * inverse) for r, w in self.weights]
-            self.lse = self.lse + jnp.log2(total)  # for the looped tiles, whose weights are made once more
-        self.o1 = output
-        yield
-
-    def sum(self, weights: list[Any]) -> Any:
-        """Of all keys, per query [1, N*C]."""
-        return jnp.sum(functools.reduce(jnp.add, weights), axis=0, keepdims=True)
-
-    def weight(self, s: Any) -> Any:
-        """Softmax weights of logits. Scores made again may be rounded otherwise than those in the saved sum: at logits
-        of 1e30 by more than any exponent holds, so the bound that a weight has anyway is enforced (SWA-3)."""
-        return jnp.exp2(jnp.minimum(s - self.lse, 0.0))
+    def looped(self, r: Any) -> Any:
+        """Weights of tile r of the loop. The sum they are divided by is rounded, a weight still is not above 1."""
+        return jnp.exp2(jnp.minimum(self.scores.score(r) - self.lse, 0.0))
 
     def view(self) -> SimpleNamespace:
         """The window as `forward.Scores` indexes it: tile r of chunk n at n + r."""
@@ -241,11 +213,12 @@ class Work:
         self.d1 = self.d2 = d
         if p.mode != "mix":
             return
-        for which, name, branch in ((1, "o1", "swa"), (2 * p.softmax, "o2", "rla")):
+        for name, branch in (("o1", "swa"), ("o2", "rla")):
             if not (p.softmax if name == "o1" else p.linear):
                 continue
-            norm = self.row(which)
-            unit = getattr(self, name) * norm
+            x = getattr(self, name)
+            norm = lax.rsqrt(jnp.sum(x * x, axis=0, keepdims=True) * (1 / p.true_value_dim) + ref.numbers[0, 0, 1])
+            unit = x * norm
             g = d * self.gain(branch)
             mean = jnp.sum(g * unit, axis=0, keepdims=True) * (1 / p.true_value_dim)
             setattr(self, "d" + name[1], norm * (g - unit * mean))
@@ -275,7 +248,7 @@ class Work:
             def group(r: Any, total: Any) -> Any:
                 parts = [total]
                 for i in range(p.config.tiles):
-                    parts.append(self.tile(r + i, self.weight(self.scores.score(r + i))))
+                    parts.append(self.tile(r + i, self.looped(r + i)))
                 return functools.reduce(jnp.add, parts)
 
             dq = loop_groups(p, p.R - self.chunk, dq, group)

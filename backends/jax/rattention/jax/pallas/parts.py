@@ -207,6 +207,19 @@ def shift(p: Plan, ref: Any, head: int, up: bool, kept: int) -> None:
         lax.fori_loop(0, kept, lambda i, _: (move(i if up else kept - 1 - i), None)[1], None)
 
 
+def clear(ref: Any, head: int, first: int, count: int) -> None:
+    """Zero `count` tiles of ref [heads, tiles, ...] from tile `first` on."""
+
+    def one(i: Any) -> None:
+        ref[head, first + i] = jnp.zeros(ref.shape[2:], ref.dtype)
+
+    if count <= 8:
+        for i in range(count):
+            one(i)
+    else:
+        lax.fori_loop(0, count, lambda i, _: (one(i), None)[1], None)
+
+
 def loop_groups(p: Plan, first_valid: Any, carry: Any, body: Callable[[Any, Any], Any]) -> Any:
     """Run `body(first tile of the group, carry)` over the looped tiles, skipping groups before the sequence."""
     first, last = p.loop

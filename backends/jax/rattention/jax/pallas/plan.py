@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from rattention.jax.pallas.config import Config
 
-NONE, PART, FULL = "none", "part", "full"
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -125,19 +123,6 @@ class Plan:
         """Least and greatest distance from a key of tile r to a query of the chunk."""
         return 1 - self.C - self.offset(r), self.C - 1 - self.offset(r)
 
-    def softmax_part(self, r: int) -> str:
-        low, high = self.deltas(r)
-        if self.mode == "rla" or self.window < 0 or high < 0 or low > self.window:
-            return NONE
-        return FULL if low >= 0 and high <= self.window else PART
-
-    def linear_part(self, r: int) -> str:
-        low, high = self.deltas(r)
-        first = self.window + 1
-        if not self.folds or (high < first and r):
-            return NONE  # the oldest tile is always among them: it is folded after the chunk
-        return FULL if low >= first else PART
-
     @functools.cached_property
     def paired(self) -> bool:
         """The oldest and the newest tile hold complementary triangles: one exponential serves both."""
@@ -145,18 +130,29 @@ class Plan:
 
     @functools.cached_property
     def softmax_tiles(self) -> tuple[int, ...]:
-        """Tiles with masks, oldest first."""
-        return tuple(r for r in range(self.R + 1) if self.softmax_part(r) == PART)
+        """Tiles that the window cuts, oldest first; no tile from 0 to R lies outside it."""
+        if not self.softmax:
+            return ()
+        return (*range(self.inner_tiles.start), *range(self.inner_tiles.stop, self.R + 1))
 
     @functools.cached_property
-    def inner_tiles(self) -> tuple[int, ...]:
-        """Tiles wholly inside the window; contiguous."""
-        return tuple(r for r in range(self.R + 1) if self.softmax_part(r) == FULL)
+    def inner_tiles(self) -> range:
+        """Tiles wholly inside the window: no key is newer than a query, and the oldest is seen by the last query. In
+        closed form, as all sizes here: a window may have thousands of tiles."""
+        if not self.softmax:
+            return range(0)
+        first = max(0, self.R - (self.window + 1 - self.C) // self.C)
+        last = self.R - (self.C > 1)
+        return range(first, max(first, last + 1))
 
     @functools.cached_property
-    def linear_tiles(self) -> tuple[int, ...]:
-        """Tiles that some query reads by the linear branch, before they enter the state."""
-        return tuple(r for r in range(self.R + 1) if self.linear_part(r) != NONE)
+    def linear_tiles(self) -> range:
+        """Tiles that some query reads by the linear branch, before they enter the state; the oldest is always among
+        them, since it is folded after the chunk."""
+        if not self.folds:
+            return range(0)
+        newest = self.R - -(-(self.window + 2 - self.C) // self.C)
+        return range(max(0, min(newest, self.R)) + 1)
 
     @property
     def loop(self) -> tuple[int, int]:
@@ -175,12 +171,6 @@ class Plan:
     @property
     def softmax(self) -> bool:
         return self.mode != "rla" and self.window >= 0
-
-    @property
-    def renormalise(self) -> bool:
-        """The backward makes its softmax weights sum to 1 again. Its scores may be rounded otherwise than those in the
-        saved sum: at logits of 1000 that is most of a float32 gradient's error. 16-bit storage rounds them by more."""
-        return self.softmax and self.dtype == "float32"
 
     @property
     def state(self) -> bool:

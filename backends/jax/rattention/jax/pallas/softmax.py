@@ -99,11 +99,13 @@ class Scores:
         return oldest + dot(p, ref.v_tiles[self.head, n + p.R], jnp.where(new, weight, 0.0).astype(dtype))
 
     def values(self) -> Iterator[None]:
-        """The unnormalised output [Dv, N*C] and the sum of weights [1, N*C]."""
+        """Weights of `held` against `top`, the unnormalised output [Dv, N*C] and the sum of weights [1, N*C]."""
         total: Any = None
         output: Any = None
+        self.weights: list[tuple[Any, Any]] = []
         for i, (r, s) in enumerate(self.held):
             weight = self.exponential(s, self.top)
+            self.weights.append((r, weight))
             total = weight if total is None else total + weight
             part = self.weigh(r, weight)
             output = part if output is None else output + part

@@ -14,8 +14,8 @@ tokens instead of R. A border tile loads V once for both branches, K once per br
 
 Tiles have BN keys in the window and BL where the residue is read, whose feature maps need registers beside both
 accumulators. Traffic per tile: R (D + Dv) elements of q and out, (w + C + N/2) (D + Dv) of K and V, F Dv of the state,
-3 floats of statistics per row (log-sum-exp in base 2, and the reciprocal RMS of both branches): all that the backward
-pass needs. Programs are independent. The order of all sums is fixed by the configuration (NUM-4).
+2 floats of statistics per row (log-sum-exp in base 2, and the reciprocal RMS of the linear branch): all that the
+backward pass needs. Programs are independent. The order of all sums is fixed by the configuration (NUM-4).
 """
 
 import triton
@@ -33,6 +33,7 @@ from rattention.torch.triton.tiles import (
     load_state,
     load_values,
     long,
+    times,
     up,
 )
 
@@ -50,7 +51,15 @@ def key_rows(i, start, b, T, BN: tl.constexpr, HAS_SEGMENTS: tl.constexpr):
 @triton.jit
 def scores(q, kr, scale_log2, ND: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr):
     """Base-2 logits scale log2(e) <q, k> of rotated blocks: [R, BN] float32. The scale acts on the float32 product."""
-    return dot_rows(q, kr, ND, NARROW, PRECISION) * scale_log2
+    return times(dot_rows(q, kr, ND, NARROW, PRECISION), scale_log2)
+
+
+@triton.jit
+def weights(logits, lse):
+    """Softmax weights 2^(logits - lse) from a saved log-sum-exp, never above 1 (SWA-3). The kernels of the backward sum
+    a score in another order than the forward did: at scores of 1e30 it comes out greater by more than any exponent
+    holds. NaN stays NaN (NUM-5)."""
+    return tl.exp2(tl.minimum(logits - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -158,7 +167,7 @@ def attend(
     memory,  # [Hq, F, Dv] float32 or None
     states,  # [B, Hkv, chunks, F, Dv] WIDE or None
     out,  # [B, Tq, Hq, Dv] storage, contiguous
-    stats,  # [3, B, Hq, Tq] float32: log-sum-exp, reciprocal RMS of the softmax and of the linear branch
+    stats,  # [2, B, Hq, Tq] float32: log-sum-exp, reciprocal RMS of the linear branch
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sr_b, sr_t, sr_h, sv_b, sv_t, sv_h,
     B, Tq, Tk, offset, w, N, chunks, Hkv, G, M, scale_log2, eps,
     D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -290,5 +299,4 @@ def attend(
     rows_at = stats + (b * Hq + h * G) * Tq + tile * C + long(g) * Tq + token
     plane = long(B) * Hq * Tq
     tl.store(rows_at, tl.where(live, m, 0.0), mask=inside)
-    tl.store(rows_at + plane, tl.where(live, r_s, 0.0), mask=inside)
-    tl.store(rows_at + 2 * plane, tl.where(live, r_l, 0.0), mask=inside)
+    tl.store(rows_at + plane, tl.where(live, r_l, 0.0), mask=inside)

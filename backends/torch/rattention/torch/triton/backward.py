@@ -75,7 +75,7 @@ def backward(
         p.q, p.k, kr, p.v, p.swa_weight, p.rla_weight, p.rope_cos, p.rope_sin, p.positions, start, first,
         p.q_scale, p.k_scale, p.memory, states, stats, d_out, qr, dx_s, dx_l, delta, dw_s, dw_l,
         *p.q.stride()[:3], *keys, *d_out.stride()[:3],
-        p.B, p.Tq, p.Tk, p.offset, p.w, p.config.chunk, p.chunks, p.Hkv, p.G, p.table_rows, p.scale_log2,
+        p.B, p.Tq, p.Tk, p.offset, p.w, p.config.chunk, p.chunks, p.Hkv, p.G, p.table_rows, p.scale_log2, p.eps,
         HP=HP, C=C, BN=tile.keys, MIX=mix, **flags, warps=tile.warps, stages=tile.stages,
     )  # fmt: skip
 

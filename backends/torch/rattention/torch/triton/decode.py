@@ -33,6 +33,7 @@ from rattention.torch.triton.tiles import (
     store_blocks,
     store_state,
     store_values,
+    times,
     up,
 )
 
@@ -148,7 +149,7 @@ def decode(
             m = tl.zeros([R], tl.float32)
             for j in tl.static_range(ND):
                 m += tl.sum(up(qr[j]) * up(kr[j]), axis=1)
-            m = m * scale_log2
+            m = times(m, scale_log2)
             l = tl.exp2(m - m)  # 1, or NaN where the formulas make it so
             acc_s = l[:, None] * up(v_new)
         tile = tl.arange(0, BN)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def forward(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B, Tq, Hq, Dv] storage, final_state [B, Hkv, F, Dv] float32 (empty for "soft"), stats [3, B, Hq, Tq]."""
+    """out [B, Tq, Hq, Dv] storage, final_state [B, Hkv, F, Dv] float32 (empty for "soft"), stats [2, B, Hq, Tq]."""
     p = plan
     out = torch.empty((p.B, p.Tq, p.Hq, p.Dv), dtype=p.q.dtype, device=p.q.device)
-    stats = torch.empty((3, p.B, p.Hq, p.Tq), dtype=torch.float32, device=p.q.device)
+    stats = torch.empty((2, p.B, p.Hq, p.Tq), dtype=torch.float32, device=p.q.device)
     states, final = p.states()
     if p.B == 0 or p.Tq == 0:
         return out, final, stats

@@ -13,7 +13,7 @@ dv_l; for each query and head rotated q, dx_s and two floats; writes dk, dv.
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.attention import key_rows, scores
+from rattention.torch.triton.attention import key_rows, scores, weights
 from rattention.torch.triton.residue_grad import query_rows
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
@@ -35,7 +35,7 @@ def key_grad(
     kr, v,  # [B, Tk, Hkv, .] storage, by strides
     qr,  # [B, Tq, Hq, D] storage, by strides: rotated queries, or q
     cos, sin, positions, start,
-    stats,  # [3, B, Hq, Tq] float32
+    stats,  # [2, B, Hq, Tq] float32
     dx_s,  # [B, Tq, Hq, Dv] WIDE
     delta,  # [B, Hq, Tq] float32
     dk_l, dv_l,  # [B, Tk, Hkv, .] float32 or None
@@ -86,7 +86,7 @@ def key_grad(
             dd = tl.load(delta + one, mask=live, other=0.0)
             mask = (n[:, None] <= t[None, :]) & (n[:, None] >= tl.maximum(t - w, s)[None, :]) & live[None, :]
             logits = scores(kt, qt, scale_log2, ND, NARROW, PRECISION)
-            p = tl.where(mask, tl.exp2(logits - lse[None, :]), 0.0)
+            p = tl.where(mask, weights(logits, lse[None, :]), 0.0)
             acc_v = dot(p, ds, acc_v, WIDE, WIDE_PRECISION)
             zero = tl.zeros([BN, R], tl.float32)
             dp = dot(vw, tl.trans(operand(ds, WIDE)), zero, WIDE, WIDE_PRECISION)

@@ -39,7 +39,7 @@ def attention(
     k_scale: Tensor | None, memory: Tensor | None, initial_state: Tensor | None,
     window: int | None, scale: float | None, feature_map: str, eps: float, mode: str, reduced: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [B, T, Hq, Dv], final_state [B, Hkv, F, Dv] (empty for mode "soft"), stats [3, B, Hq, T] for the gradient."""
+    """out [B, T, Hq, Dv], final_state [B, Hkv, F, Dv] (empty for mode "soft"), stats [2, B, Hq, T] for the gradient."""
     refuse_tangents()
     plan = Plan(
         q, k, v, window, scale, feature_map, eps, mode, reduced, swa_weight, rla_weight, rope_cos, rope_sin, positions,
@@ -57,7 +57,7 @@ def _attention_fake(
     Hkv, Dv = v.shape[2:]
     F = D if feature_map == "identity" else 2 * D
     final = q.new_empty((0,) if mode == "soft" else (B, Hkv, F, Dv), dtype=torch.float32)
-    return q.new_empty(B, T, Hq, Dv), final, q.new_empty(3, B, Hq, T, dtype=torch.float32)
+    return q.new_empty(B, T, Hq, Dv), final, q.new_empty(2, B, Hq, T, dtype=torch.float32)
 
 
 @torch.library.custom_op("rattention::attention_grad", mutates_args=())

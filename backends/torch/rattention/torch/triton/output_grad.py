@@ -1,7 +1,8 @@
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportReturnType=false
 """Backward, first kernel: one program per tile of queries, the tiles of `attend`.
 
-    again   x_s, x_l            both branch outputs, from the saved log-sum-exp and states (never stored by the forward)
+    again   x_s, x_l            both branch outputs, never stored by the forward: x_l from the saved states, x_s by
+                                online softmax, so that its weights sum to 1 however the scores are rounded here
     norms   dx_s, dx_l          through the mix and both RMS norms; partial sums of the weight gradients
     out     dx_s, dx_l in the operand dtype, Delta in float32, the rotated queries: what the later kernels read
 
@@ -20,6 +21,7 @@ from rattention.torch.triton.attention import (
     linear_step,
     read_state,
     scores,
+    softmax_step,
     tile_borders,
 )
 from rattention.torch.triton.features import phi_as, scaled
@@ -27,7 +29,6 @@ from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
     NOWHERE,
     blocks_as,
-    dot,
     load_blocks,
     load_blocks_again,
     load_values,
@@ -59,14 +60,14 @@ def store_head_sums(base, x, heads, HP: tl.constexpr, C: tl.constexpr, DV: tl.co
 @triton.jit(do_not_specialize=["w"])
 def output_grad(
     q, k, kr, v, swa_weight, rla_weight, cos, sin, positions, start, first, q_scale, k_scale, memory, states,
-    stats,  # [3, B, Hq, Tq] float32
+    stats,  # [2, B, Hq, Tq] float32
     d_out,  # [B, Tq, Hq, Dv] storage, by strides
     qr,  # [B, Tq, Hq, D] storage or None: rotated queries
     dx_s, dx_l,  # [B, Tq, Hq, Dv] WIDE or None
     delta,  # [B, Hq, Tq] float32
     dw_s, dw_l,  # [B, tiles, Hq, Dv] float32 or None
     sq_b, sq_t, sq_h, sk_b, sk_t, sk_h, sr_b, sr_t, sr_h, sv_b, sv_t, sv_h, so_b, so_t, so_h,
-    B, Tq, Tk, offset, w, N, chunks, Hkv, G, M, scale_log2,
+    B, Tq, Tk, offset, w, N, chunks, Hkv, G, M, scale_log2, eps,
     D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     HP: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, MAP: tl.constexpr,
     SOFT: tl.constexpr, LINEAR: tl.constexpr, MIX: tl.constexpr, HAS_STATES: tl.constexpr, HAS_MEMORY: tl.constexpr,
@@ -146,7 +147,7 @@ def output_grad(
                     vt = load_values(v_at + long(i) * sv_t, keys * sv_t, real, DV, DVP)
                     fk = phi_as(scaled(kt, k_scale, HAS_K_SCALE, D, DB, ND), MAP, D, DB, ND, WIDE)
                     x = linear_step(fq, fk, vt, behind_window(t, s, n, w), x, NF, WIDE, WIDE_PRECISION)
-        r = tl.load(stats + 2 * plane + rows_at, mask=live, other=0.0)
+        r = tl.load(stats + plane + rows_at, mask=live, other=0.0)
         weight = up(tl.load(rla_weight + w_at, mask=w_ok, other=0.0))
         d = up(load_values(d_at, d_rows, live, DV, DVP))
         d, dw = norm_grad(x, r, weight, d, live, DV)
@@ -167,18 +168,20 @@ def output_grad(
             qt = blocks_as(x_q, ND, NARROW)
         else:
             qt = load_blocks_again(q_at, q_rows, live, D, DB, ND)
-        lse = tl.load(stats + rows_at, mask=live, other=0.0)
         x = tl.zeros([R, DVP], tl.float32)
+        m = tl.full([R], -float("inf"), tl.float32)
+        l = tl.zeros([R], tl.float32)
         for i in range(tl.maximum(border, oldest), end, BN):
             n, real = key_rows(i, start, b, Tk, BN, HAS_SEGMENTS)
             kt = load_blocks(r_at + long(i) * sr_t, keys * sr_t, real, D, DB, ND)
             vt = load_values(v_at + long(i) * sv_t, keys * sv_t, real, DV, DVP)
             logits = scores(qt, kt, scale_log2, ND, NARROW, PRECISION)
-            p = tl.where(in_window(t, s, n, w), tl.exp2(logits - lse[:, None]), 0.0)
-            x = dot(p, vt, x, NARROW, PRECISION)
+            logits = tl.where(in_window(t, s, n, w), logits, -float("inf"))
+            m, l, x = softmax_step(logits, vt, m, l, x, NARROW, PRECISION)
+        x = x / tl.where(live, l, 1.0)[:, None]
         d = up(load_values(d_at, d_rows, live, DV, DVP))
         if MIX:
-            r = tl.load(stats + plane + rows_at, mask=live, other=0.0)
+            r = tl.rsqrt(tl.sum(x * x, axis=1) / DV + eps)
             weight = up(tl.load(swa_weight + w_at, mask=w_ok, other=0.0))
             d, dw = norm_grad(x, r, weight, d, live, DV)
             store_head_sums(dw_s + part_at, dw, G - hb * HP, HP, C, DV, DVP)

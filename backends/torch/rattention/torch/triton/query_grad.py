@@ -11,7 +11,7 @@ dx_l; writes R D elements, and one row of partial sums of d q_scale.
 
 import triton
 import triton.language as tl
-from rattention.torch.triton.attention import behind_window, in_window, key_rows, scores, tile_borders
+from rattention.torch.triton.attention import behind_window, in_window, key_rows, scores, tile_borders, weights
 from rattention.torch.triton.features import phi_as, phi_grad, scaled
 from rattention.torch.triton.rotary import positions_of, rotate
 from rattention.torch.triton.tiles import (
@@ -53,7 +53,7 @@ def column_sums(base, x, D: tl.constexpr, DB: tl.constexpr, ND: tl.constexpr):
 @triton.jit(do_not_specialize=["w"])
 def query_grad(
     q, k, kr, v, cos, sin, positions, start, first, q_scale, k_scale, memory, states,
-    stats,  # [3, B, Hq, Tq] float32
+    stats,  # [2, B, Hq, Tq] float32
     qr,  # [B, Tq, Hq, D] storage, contiguous: rotated queries; or q by its strides
     dx_s, dx_l,  # [B, Tq, Hq, Dv] WIDE or None
     delta,  # [B, Hq, Tq] float32
@@ -159,7 +159,7 @@ def query_grad(
             kt = load_blocks(r_at + long(i) * sr_t, keys * sr_t, real, D, DB, ND)
             vt = load_values(v_at + long(i) * sv_t, keys * sv_t, real, DV, DVP)
             logits = scores(qt, kt, scale_log2, ND, NARROW, PRECISION)
-            p = tl.where(in_window(t, s, n, w), tl.exp2(logits - lse[:, None]), 0.0)
+            p = tl.where(in_window(t, s, n, w), weights(logits, lse[:, None]), 0.0)
             zero = tl.zeros([R, BN], tl.float32)
             dp = dot(ds, tl.trans(operand(vt, WIDE)), zero, WIDE, WIDE_PRECISION)
             # Select again: outside the window 0 * inf would be NaN.

@@ -156,6 +156,17 @@ def store_state(base, x, j, sign: tl.constexpr, D: tl.constexpr, DB: tl.constexp
 
 
 @triton.jit
+def times(x, y):
+    """x * y, rounded before anything else is done with it.
+
+    A compiler contracts a product with the subtraction of a maximum that follows: then unrounded products meet their
+    own rounded maximum, and at great sizes none of them, or one far above it, is left of a softmax. A fused
+    multiply-add is not contracted again, and costs the same.
+    """
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
 def dot(a, b, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """acc + a b, operands rounded to `DTYPE`, sums in float32."""
     return tl.dot(operand(a, DTYPE), operand(b, DTYPE), acc, input_precision=PRECISION)
