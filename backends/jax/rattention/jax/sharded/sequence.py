@@ -13,12 +13,14 @@ its document lasts. The ids themselves are known to every device, so where they 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from rattention.jax import dispatch
+from rattention.jax.missing import mark, replace
 from rattention.jax.sharded import exchange
 from rattention.jax.xla.ops import attend
 from rattention.jax.xla.parts import phi, wide
@@ -26,6 +28,14 @@ from rattention.jax.xla.plan import as_precision
 from rattention.jax.xla.tokens import Segments, Tokens, of_forward
 
 Arrays = dict[str, Any]
+
+
+def on_one_device(
+    op: str, tensors: Arrays, attrs: Arrays, impl: str | None, precision: object, rows_exist: bool
+) -> Arrays:
+    """An operation on the shard of one device."""
+    call, arrays, _ = dispatch.check(op, tensors, attrs)
+    return dispatch.compute(dispatch.choose(call, arrays, impl, precision), call, arrays, precision, rows_exist)
 
 
 def one_row(
@@ -46,14 +56,24 @@ def one_row(
         state = state + tensors["initial_state"]
     given = {name: x for name, x in tensors.items() if name != "initial_state"}
     cache = {"cache_k": halo_k, "cache_v": halo_v, "cache_state": state, "cache_length": seen}
-    outputs = dispatch.run("rattention_extend", given | cache, attrs, impl=impl, precision=precision)
+    # The validation has seen that the table has a row for each token of the whole sequence.
+    outputs = on_one_device("rattention_extend", given | cache, attrs, impl, precision, rows_exist=True)
     return outputs["out"], _of_the_last(outputs["cache_state"], axis, devices)
 
 
 def documents(
-    tensors: Arrays, *, axis: str, devices: int, attrs: Arrays, precision: object
+    tensors: Arrays,
+    *,
+    axis: str,
+    devices: int,
+    attrs: Arrays,
+    precision: object,
+    missing: Callable[[Arrays], tuple[jax.Array, jax.Array] | None] | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Out and final state of a sequence with segments or explicit positions, given whole `[B, T]` to every device."""
+    """Out and final state of a sequence with segments or explicit positions, given whole `[B, T]` to every device.
+
+    `missing` finds the tokens of the whole row that have no row in the rotary table; None where all have one.
+    """
     q, k, v = (tensors[name] for name in "qkv")
     batch, length = k.shape[:2]
     slots = max(attrs["window"], 0)
@@ -68,6 +88,11 @@ def documents(
     live, segments = here.live, here.segments
     assert live is not None
     assert segments is not None
+
+    without = None if missing is None else missing(tensors)
+    if without is not None:
+        own, touched = (lax.dynamic_slice_in_dim(x, place * length, length, axis=1) for x in without)
+        q = mark(q, own)
 
     # What inert tokens hold, NaN included, does not even leave its device.
     q, k, v = (jnp.where(live[:, slots:, None, None], x, jnp.zeros((), x.dtype)) for x in (q, k, v))
@@ -89,6 +114,7 @@ def documents(
         "rattention", attrs["window"], attrs["feature_map"], as_precision(precision, str(q.dtype)),
         here, q, keys, values, state, given, numbers,
     )  # fmt: skip
+    out = out if without is None else replace(out, touched)
     return out, _of_the_last(after, axis, devices)
 
 
