@@ -66,7 +66,7 @@ def check(
         array=("a jax.Array or numpy.ndarray", ARRAYS),
         devices=_devices(given),
     )
-    return call, {name: _on_device(t) for name, t in given.items()}, host.keys() == readable.keys()
+    return call, {name: on_device(t) for name, t in given.items()}, host.keys() == readable.keys()
 
 
 def compute(
@@ -100,7 +100,7 @@ def _program(
             return implementation.run(call, arrays, precision)
         return missing.run(lambda arrays: implementation.run(call, arrays, precision), call, arrays)
 
-    return meshes.without_explicit_axes(local, call, arrays)
+    return meshes.without_explicit_axes(local, (arrays,), meshes.like_inputs(call, arrays))
 
 
 def choose(call: Call, arrays: Mapping[str, Any], impl: str | None, precision: object) -> Any:
@@ -159,8 +159,8 @@ def _devices(given: Mapping[str, Any]) -> dict[str, str]:
     return {name: ", ".join(sorted(f"{d.platform}:{d.id}" for d in places)) for name, places in found.items()}
 
 
-def _on_device(t: Any) -> jax.Array:
-    """Explicitly, where a transfer guard watches."""
+def on_device(t: Any) -> jax.Array:
+    """As a JAX array. The transfer is explicit: a transfer guard lets it pass."""
     return t if isinstance(t, jax.Array) else jax.device_put(t)
 
 

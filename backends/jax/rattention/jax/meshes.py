@@ -3,22 +3,19 @@
 Inside `jax.shard_map` the type of an array says over which mesh axes it differs from device to device. The carry of a
 scan must enter and leave with one type, and a cotangent must have that of its primal; `vary` and `sum_to` see to that.
 Over explicit axes the type of an array also says how it is split, and every reshape or product must be told how its
-result is. `without_explicit_axes` leaves these choices to the compiler and states the split of the outputs alone.
+result is. `without_explicit_axes` leaves these choices to the compiler and states the split of the results alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rattention.spec import Call
-
-Arrays = dict[str, Any]
-
 
 def varying(*trees: Any) -> frozenset[Any]:
     """The manual mesh axes over which any array of `trees` varies; none outside of `jax.shard_map`."""
@@ -55,36 +52,53 @@ def explicit_axes(*trees: Any) -> tuple[Any, tuple[Any, ...]]:
     return None, ()
 
 
-def without_explicit_axes(run: Callable[[Arrays], Arrays], call: Call, tensors: Arrays) -> Arrays:
-    """`run(tensors)`; over explicit axes with the compiler's own partitioning, outputs split as the inputs are."""
-    mesh, axes = explicit_axes(tensors)
+def without_explicit_axes(run: Callable[..., Any], arrays: tuple[Any, ...], outputs: Any) -> Any:
+    """`run(*arrays)`; over explicit axes by the compiler's own partitioning.
+
+    Args:
+        outputs: how the results are split: a tree like theirs of `Split`.
+    """
+    mesh, axes = explicit_axes(arrays)
     if not axes:
-        return run(tensors)
-    splits = _splits(call, tensors)
-    outputs = {o.name: tuple(o.shape) for o in call.operation.outputs}
-    shardings = {name: NamedSharding(mesh, _spec(shape, splits, call, mesh)) for name, shape in outputs.items()}
-    return jax.sharding.auto_axes(run, axes=axes, out_sharding=shardings)(tensors)
+        return run(*arrays)
+    shardings = jax.tree.map(
+        lambda x: NamedSharding(mesh, x.spec(mesh)), outputs, is_leaf=lambda x: isinstance(x, Split)
+    )
+    return jax.sharding.auto_axes(run, axes=axes, out_sharding=shardings)(*arrays)
 
 
-def _splits(call: Call, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The mesh axes of each dimension symbol, by the first tensor that splits it."""
-    found: dict[str, Any] = {}
+class Split(NamedTuple):
+    """The mesh axes wished for each dimension of an array, None for none, and its sizes."""
+
+    entries: tuple[Any, ...]
+    sizes: tuple[int, ...]
+
+    def spec(self, mesh: Any) -> PartitionSpec:
+        """The wishes that can be met: whose axes divide the dimension and split no other before it."""
+        found, used = [], set()
+        for entry, size in zip(self.entries, self.sizes, strict=True):
+            names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+            fits = not used.intersection(names) and size % math.prod(mesh.shape[name] for name in names) == 0
+            found.append(entry if fits else None)
+            used.update(names if fits else ())
+        return PartitionSpec(*found)
+
+
+def entries(x: Any) -> tuple[Any, ...]:
+    """The mesh axes of each dimension of an array, as its type names them."""
+    return tuple(jax.typeof(x).sharding.spec)
+
+
+def like_inputs(call: Call, tensors: Mapping[str, Any]) -> dict[str, Split]:
+    """Outputs of a call: each dimension is split as in the first tensor that splits it."""
+    wished: dict[str, Any] = {}
     for tensor in call.operation.tensors:
         if tensor.name in tensors:
-            for symbol, entry in zip(tensor.shape, jax.typeof(tensors[tensor.name]).sharding.spec, strict=True):
-                if entry is not None:
-                    found.setdefault(symbol, entry)
-    return found | ({"Wnext": found["W"]} if "W" in found else {})
-
-
-def _spec(shape: tuple[str, ...], splits: Mapping[str, Any], call: Call, mesh: Any) -> PartitionSpec:
-    """The split of an output: that of its dimensions, where it divides them and no axis comes twice."""
-    entries, used = [], set()
-    for symbol in shape:
-        entry = splits.get(symbol)
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-        count = math.prod(mesh.shape[name] for name in names)
-        fits = names and not used.intersection(names) and call.dims[symbol] % count == 0
-        entries.append(entry if fits else None)
-        used.update(names if fits else ())
-    return PartitionSpec(*entries)
+            for symbol, entry in zip(tensor.shape, entries(tensors[tensor.name]), strict=True):
+                wished.setdefault(symbol, entry)
+                wished[symbol] = wished[symbol] or entry
+    wished["Wnext"] = wished.get("W")
+    return {
+        o.name: Split(tuple(wished.get(d) for d in o.shape), tuple(call.dims[d] for d in o.shape))
+        for o in call.operation.outputs
+    }

@@ -23,7 +23,7 @@ from rattention.jax import dispatch
 from rattention.jax.missing import mark, replace
 from rattention.jax.sharded import exchange
 from rattention.jax.xla.ops import attend
-from rattention.jax.xla.parts import phi, wide
+from rattention.jax.xla.parts import per_channel, phi, wide
 from rattention.jax.xla.plan import as_precision
 from rattention.jax.xla.tokens import Segments, Tokens, of_forward
 
@@ -49,7 +49,7 @@ def one_row(
     place = lax.axis_index(axis)
     # Without a device before it, slots hold zeros; they are also marked unused by the length.
     seen = jnp.full((batch,), place * length, jnp.int32)
-    real = jnp.arange(length, dtype=jnp.int32) - slots >= -seen[:, None]
+    real = jnp.arange(length, dtype=jnp.int32)[None] - slots >= -seen[:, None]
     added = _leaving(halo_k, halo_v, tensors, real, attrs["feature_map"], precision)
     state = exchange.exclusive_sum(added, axis, devices)
     if "initial_state" in tensors:
@@ -97,7 +97,7 @@ def documents(
     # What inert tokens hold, NaN included, does not even leave its device.
     q, k, v = (jnp.where(live[:, slots:, None, None], x, jnp.zeros((), x.dtype)) for x in (q, k, v))
     halo_k, halo_v = (exchange.halo(x, slots, axis, devices) for x in (k, v))
-    fold = live & (jnp.arange(slots + length, dtype=jnp.int32) < here.end[:, None])
+    fold = live & (jnp.arange(slots + length, dtype=jnp.int32)[None] < here.end[:, None])
     fold &= segments.order == segments.last[:, None]
     added = _leaving(halo_k, halo_v, tensors | {"k": k, "v": v}, fold[:, :length], attrs["feature_map"], precision)
     before = segments.first  # the segment of the state that comes in
@@ -156,7 +156,7 @@ def _leaving(
     k = wide(jnp.concatenate([halo_k, tensors["k"]], axis=1)[:, :length])
     v = wide(jnp.concatenate([halo_v, tensors["v"]], axis=1)[:, :length])
     if "k_scale" in tensors:
-        k = k * wide(tensors["k_scale"])
+        k = per_channel(k, wide(tensors["k_scale"]))
     features = jnp.where(real[:, :, None, None], phi(k, feature_map), 0)
     return jnp.einsum(
         "bthf,bthv->bhfv",
