@@ -93,13 +93,15 @@ def _program(
     rows_exist: bool,
     arrays: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    call = validate(op, arrays, dict(static), extra_dtypes=_extra_dtypes())
-
     def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        call = validate(op, arrays, dict(static), extra_dtypes=_extra_dtypes())
         if rows_exist:
             return implementation.run(call, arrays, precision)
         return missing.run(lambda arrays: implementation.run(call, arrays, precision), call, arrays)
 
+    call = validate(op, arrays, dict(static), extra_dtypes=_extra_dtypes())
+    if implementation is not xla:  # the compiler cannot partition a kernel
+        return meshes.on_each_device(local, call, arrays)
     return meshes.without_explicit_axes(local, (arrays,), meshes.like_inputs(call, arrays))
 
 

@@ -89,16 +89,40 @@ def entries(x: Any) -> tuple[Any, ...]:
     return tuple(jax.typeof(x).sharding.spec)
 
 
+def on_each_device(run: Callable[[Any], Any], call: Call, tensors: dict[str, Any]) -> Any:
+    """`run(tensors)`; over explicit axes by each device on its own part of batch and heads, the rest gathered."""
+    mesh, axes = explicit_axes(tensors)
+    if not axes:
+        return run(tensors)
+    wished = _wished(call, tensors)
+    heads = Split((wished["Hq"],), (math.gcd(call.dims["Hq"], call.dims["Hkv"]),)).spec(mesh)[0]
+    batch = Split((heads, wished["B"]), (call.dims["Hq"], call.dims["B"])).spec(mesh)[1]
+    split = {"B": batch, "Hq": heads, "Hkv": heads}
+    specs = {
+        t.name: PartitionSpec(*(split.get(d) for d in t.shape)) for t in call.operation.tensors if t.name in tensors
+    }
+    given = {name: jax.sharding.reshard(x, NamedSharding(mesh, specs[name])) for name, x in tensors.items()}
+    outputs = {o.name: PartitionSpec(*(split.get(d) for d in o.shape)) for o in call.operation.outputs}
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=outputs, axis_names=set(axes))
+    return mapped(given)
+
+
 def like_inputs(call: Call, tensors: Mapping[str, Any]) -> dict[str, Split]:
     """Outputs of a call: each dimension is split as in the first tensor that splits it."""
+    wished = _wished(call, tensors)
+    wished["Wnext"] = wished.get("W")
+    return {
+        o.name: Split(tuple(wished.get(d) for d in o.shape), tuple(call.dims[d] for d in o.shape))
+        for o in call.operation.outputs
+    }
+
+
+def _wished(call: Call, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The mesh axes of each dimension symbol."""
     wished: dict[str, Any] = {}
     for tensor in call.operation.tensors:
         if tensor.name in tensors:
             for symbol, entry in zip(tensor.shape, entries(tensors[tensor.name]), strict=True):
                 wished.setdefault(symbol, entry)
                 wished[symbol] = wished[symbol] or entry
-    wished["Wnext"] = wished.get("W")
-    return {
-        o.name: Split(tuple(wished.get(d) for d in o.shape), tuple(call.dims[d] for d in o.shape))
-        for o in call.operation.outputs
-    }
+    return wished
