@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 from jax.experimental import checkify
 from rattention import jax as rj
+from rattention.jax import dispatch
 from rattention.jax.nn import RAttention
 from rattention.jax.pallas import watch
 
@@ -145,3 +146,51 @@ def test_no_step_makes_a_nan(name: str) -> None:
             tensors[integers] = tensors[integers].at[1].set(0)
     error, _ = jax.jit(checkify.checkify(gradient(op, attrs), errors=checkify.nan_checks))(*parted(tensors))
     error.throw()
+
+
+def test_the_layer() -> None:
+    """Made, called, differentiated, and stepped eagerly, with activations of the parameters' dtype and of another."""
+    options: dict[str, Any] = {"qk_norm": True, "qk_scale": True, "memory": True, "bias": True}
+    layer = RAttention(16, HQ, HKV, D, window=5, **options, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((B, 9, 16)), jnp.float32)
+    active = jnp.array([True, False])
+    positions, half = jnp.tile(jnp.arange(9, dtype=jnp.int32), (B, 1)), x.astype(jnp.bfloat16)
+    with careful():
+        y = layer(x, positions=positions)
+        assert layer(half).dtype == jnp.float32, "the dtype that holds those of activations and parameters"
+        cache = layer.new_cache(B, max_length=40)
+        _, cache = layer.prefill(half, cache)
+        z, cache = layer.step(jnp.squeeze(jax.lax.slice_in_dim(x, 0, 1, axis=1), 1), cache, active=active)
+        cache = cache.reset(active)
+        cache = cache.reset([1])
+        grads = nnx.jit(nnx.grad(lambda layer, x: jnp.sum(layer(x))))(layer, x)
+    assert cache.length.tolist() == [0, 0]
+    for found in jax.tree.leaves((y, z, grads)):
+        assert jnp.isfinite(found).all()
+
+
+def test_wide_mode_changes_nothing() -> None:
+    """With 64 bits switched on float32 calls stay what they are: no index or constant widens them."""
+    op, tensors, attrs = drawn("everything", "float32", "float32")
+    expected = call(op, tensors, attrs)
+    with jax.enable_x64(True), careful():
+        found = call(op, tensors, attrs)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_nothing_traced_leaks() -> None:
+    op, tensors, attrs = drawn("scan", "float32", "float32")
+    with jax.checking_leaks():
+        jax.make_jaxpr(gradient(op, attrs))(*parted(tensors))
+
+
+def test_eager_calls_share_their_programs() -> None:
+    """Programs are kept by attributes and shapes: a call with other numbers in the same tensors compiles nothing."""
+    op, tensors, attrs = drawn("decode", "float32", "float32")
+    call(op, tensors, attrs)
+    before = dispatch._program._cache_size()
+    for seen in range(3):
+        lengths = jnp.full((B,), seen, jnp.int32)
+        call(op, tensors | {"cache_length": lengths, "q": tensors["q"] + seen}, attrs)
+    assert dispatch._program._cache_size() == before

@@ -19,7 +19,6 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 from rattention.jax import meshes, missing, xla
 from rattention.spec import Call, SpecError, Unsupported, load, validate

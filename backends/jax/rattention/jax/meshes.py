@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rattention.spec import Call
 
+
 def varying(*trees: Any) -> frozenset[Any]:
     """The manual mesh axes over which any array of `trees` varies; none outside of `jax.shard_map`."""
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)))

@@ -52,7 +52,9 @@ def _mask(rows: Any, batch: int) -> Any:
     traced = isinstance(rows, jax.core.Tracer)
     if isinstance(rows, list | tuple):
         if any(isinstance(row, jax.core.Tracer) for row in rows):
-            raise TypeError("reset: rows: expected a traced bool mask, got traced indices, whose range cannot be checked")
+            raise TypeError(
+                "reset: rows: expected a traced bool mask, got traced indices, whose range cannot be checked"
+            )
         rows = np.array([jax.device_get(row) for row in rows]) if rows else np.array([], np.int64)
     elif isinstance(rows, jax.Array) and not traced:
         rows = jax.device_get(rows)

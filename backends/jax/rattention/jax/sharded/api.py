@@ -97,7 +97,13 @@ def rattention(
 
 @functools.partial(jax.jit, static_argnums=range(6))
 def _program(
-    mesh: Mesh | AbstractMesh, spec: PartitionSpec, static: Any, impl: Any, precision: Any, rows_exist: bool, arrays: Any
+    mesh: Mesh | AbstractMesh,
+    spec: PartitionSpec,
+    static: Any,
+    impl: Any,
+    precision: Any,
+    rows_exist: bool,
+    arrays: Any,
 ) -> dict[str, jax.Array]:
     """One compiled program, kept like those of `dispatch.compute`."""
     call, arrays, _ = dispatch.check("rattention", arrays, dict(static))
