@@ -44,9 +44,9 @@ def test_lists_of_integers_are_refused() -> None:
         more: dict[str, Any] = {name: [[1] * T] * B}
         with pytest.raises(SpecError, match=f"{name}: expected a jax.Array or numpy.ndarray, got builtins.list"):
             rattention(**tensors(), **more, window=2)
-    with pytest.raises(SpecError, match="lengths: expected a jax.Array"):
+    with pytest.raises(SpecError, match=r"lengths: expected a jax\.Array"):
         rattention_extend(**tensors(), cache=Cache.empty(B, HKV, D, window=2), lengths=[1, 2], window=2)
-    with pytest.raises(SpecError, match="positions: expected a jax.Array"):
+    with pytest.raises(SpecError, match=r"positions: expected a jax\.Array"):
         rope_table([0, 1, 2], head_dim=8)  # pyright: ignore[reportArgumentType]
 
 

@@ -73,7 +73,7 @@ def without_row(call: Call, tensors: Arrays) -> tuple[jax.Array, jax.Array] | No
 
 
 def _nan_where(x: jax.Array, dtype: Any) -> jax.Array:
-    """`[B, T, 1, 1]`, NaN where `x [B, T]`, else 0. A gather past the end makes it: a NaN that is written out would stop
-    every call under `jax_debug_nans`."""
+    """`[B, T, 1, 1]`, NaN where `x [B, T]`, else 0. A gather past the end makes it: a NaN that is written out would
+    stop every call under `jax_debug_nans`."""
     found = jnp.take(jnp.zeros((1,), dtype), x.astype(jnp.int32), mode="fill", fill_value=float("nan"))
     return found[:, :, None, None]

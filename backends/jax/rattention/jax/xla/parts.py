@@ -58,7 +58,7 @@ def _reciprocal_rms(x: jax.Array, eps: jax.Array) -> jax.Array:
 
 
 def mix(swa: jax.Array, rla: jax.Array, swa_weight: jax.Array, rla_weight: jax.Array, eps: jax.Array) -> jax.Array:
-    """swa_weight * rms(swa) + rla_weight * rms(rla) (MIX-1); weights have the rank of the branches, and size 1 or theirs."""
+    """swa_weight * rms(swa) + rla_weight * rms(rla) (MIX-1); weights have the rank of the branches."""
     return swa_weight * rms_normalise(swa, eps) + rla_weight * rms_normalise(rla, eps)
 
 
