@@ -22,11 +22,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rattention.jax import sharded
 from rattention.jax.nn import RAttention
-from rattention.spec import load
+from rattention.spec import SpecError, load
 
 
 def neighbour(name: str) -> ModuleType:
@@ -123,6 +124,18 @@ def training() -> dict[str, float]:
     return {"gradient inside shard_map": worst(jax.jit(inside)(tensors), expected)}
 
 
+def places() -> dict[str, float]:
+    """Arrays that their owner has put on two devices are refused by name (ERR-15); JAX moves those that nobody put."""
+    op, tensors, attrs = settings.drawn("decode", "float32", "float32")
+    expected = run(op, attrs)(tensors)
+    placed = {n: jax.device_put(x, jax.devices()[1]) if n in "qkv" else x for n, x in tensors.items()}
+    moved = worst(run(op, attrs)(placed), expected)
+    placed["memory"] = jax.device_put(tensors["memory"], jax.devices()[2])
+    with pytest.raises(SpecError, match=r"memory: expected device cpu:1, that of q, got cpu:2 \(ERR-15\)"):
+        run(op, attrs)(placed)
+    return {"placed": moved}
+
+
 def layers() -> dict[str, float]:
     report = {}
     mesh = jax.make_mesh((2, 2), ("x", "y"))
@@ -186,7 +199,7 @@ def split_sequences() -> dict[str, float]:
     return report
 
 
-PARTS = {"functions": functions, "training": training, "layers": layers, "sequences": split_sequences}
+PARTS = {"functions": functions, "places": places, "training": training, "layers": layers, "sequences": split_sequences}
 
 
 if __name__ == "__main__":

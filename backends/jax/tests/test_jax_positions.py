@@ -40,8 +40,8 @@ def branch(q: Any, k: Any, v: Any, positions: Any, ids: Any, impl: str, window: 
 def nan_tokens(x: jax.Array) -> np.ndarray:
     """`[B, T]`: tokens that hold a NaN, which must then be NaN alone."""
     nan = np.isnan(np.asarray(x)).reshape(*x.shape[:2], -1)
-    np.testing.assert_array_equal(nan.any(-1), nan.all(-1))
-    return nan.any(-1)
+    np.testing.assert_array_equal(np.any(nan, axis=-1), np.all(nan, axis=-1))
+    return np.asarray(np.any(nan, axis=-1))
 
 
 def expected_tokens(bad: np.ndarray, ids: np.ndarray, window: int | None) -> np.ndarray:
@@ -151,7 +151,8 @@ def test_the_layer_sizes_its_table_from_the_positions() -> None:
     assert nan_tokens(traced(far, 308)).tolist() == [[False] * 9 + [True]] * B
     with pytest.raises(SpecError, match="ERR-9"):
         layer(x, positions=far, max_position=308)
-    for wrong in (-1, 2.5, True):
+    outside: list[Any] = [-1, 2.5, True]
+    for wrong in outside:
         with pytest.raises(ValueError, match="max_position: expected an int >= 0"):
             layer(x, positions=far, max_position=wrong)
 
@@ -169,4 +170,5 @@ def test_generation_past_max_length() -> None:
     np.testing.assert_array_equal(np.array(wrong).T, [[False] * 8 + [True] * 4, [False] * 12])
     with pytest.raises(SpecError, match="ERR-9"):
         layer.step(x[:, 0], cache)
+    assert cache.rope_cos is not None
     assert cache.rope_cos.shape[0] == 8
