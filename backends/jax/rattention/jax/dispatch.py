@@ -24,9 +24,8 @@ from rattention.jax import meshes, missing, xla
 from rattention.spec import Call, SpecError, Unsupported, load, validate
 
 INTEGERS = ("positions", "segment_ids", "cache_length", "lengths")
-
-
 ARRAYS = (jax.Array, np.ndarray)
+"""What a tensor can be (ERR-14); tracers are a jax.Array too."""
 
 
 def run(
