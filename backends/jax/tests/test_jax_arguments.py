@@ -31,12 +31,13 @@ def test_what_is_no_array_is_refused_by_name(name: str, spoil: Any) -> None:
     given = tensors()
     x = np.asarray(given.pop(name))
     spoilt = spoil(x, 0) if spoil is np.ma.masked_less else spoil(x)
+    wrong: dict[str, Any] = given | {name: spoilt}
     for run in (rattention, jax.jit(rattention, static_argnames="window")):
         if run is rattention or not isinstance(spoilt, np.ma.MaskedArray | float):
             with pytest.raises(
                 SpecError, match=rf"rattention: {name}: expected a jax.Array or numpy.ndarray, got .*ERR-14"
             ):
-                run(**given, **{name: spoilt}, window=2)
+                run(**wrong, window=2)
 
 
 def test_lists_of_integers_are_refused() -> None:
@@ -66,15 +67,14 @@ def test_attributes_are_python_values() -> None:
         with pytest.raises(SpecError, match=r"scale: expected a finite float, or None, got a traced array.*ERR-5"):
             run(lambda scale: jnp.sum(sliding_window_attention(*list(given.values())[:3], window=2, scale=scale)))(0.5)
     with pytest.raises(SpecError, match="window"):
-        rattention(**given, window=jnp.array([2]))
+        rattention(**given, window=jnp.array([2]))  # pyright: ignore[reportArgumentType]
     with pytest.raises(SpecError, match="scale"):
         rattention(**given, window=2, scale=jnp.bool_(True))
 
 
 def layer(**options: Any) -> RAttention:
-    return RAttention(
-        16, **{"num_heads": HQ, "num_kv_heads": HKV, "head_dim": D, "window": 3} | options, rngs=nnx.Rngs(0)
-    )
+    given: dict[str, Any] = {"num_heads": HQ, "num_kv_heads": HKV, "head_dim": D, "window": 3} | options
+    return RAttention(16, **given, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,8 @@ def test_activations_are_checked_by_name() -> None:
     ):
         with pytest.raises(error, match=text):
             model.step(x, cache, active=wrong)
-    for wrong in ({"batch": 0}, {"max_length": 0}, {"max_length": 2.5}):
+    sizes: list[dict[str, Any]] = [{"batch": 0}, {"max_length": 0}, {"max_length": 2.5}]
+    for wrong in sizes:
         with pytest.raises(ValueError, match="expected an int >= 1"):
             model.new_cache(**{"batch": 1, "max_length": 8} | wrong)
 

@@ -90,7 +90,7 @@ def test_explicit_positions(f: Callable[..., jax.Array], impl: str, window: int 
 def test_a_document_longer_than_the_table() -> None:
     ids = np.ones((B, T), np.int32)
     ids[0, 12:] = 2
-    short = {"rope_cos": COS[:14], "rope_sin": SIN[:14]}
+    short: dict[str, Any] = {"rope_cos": COS[:14], "rope_sin": SIN[:14]}
     out = jax.jit(lambda ids: rattention(Q, K, V, GAIN, GAIN, **short, segment_ids=ids, window=W))(ids)
     np.testing.assert_array_equal(nan_tokens(out), [[False] * T, [False] * 14 + [True] * 10])
     enough = rattention(Q, K, V, GAIN, GAIN, COS, SIN, segment_ids=ids, window=W)
@@ -100,7 +100,7 @@ def test_a_document_longer_than_the_table() -> None:
 @pytest.mark.parametrize(("impl", "new"), [("xla", 1), ("xla", 6), ("pallas", 1)])
 def test_a_continuation_past_the_table(impl: str, new: int) -> None:
     """Rows near and past the end, one of them waiting; the cache is right in all."""
-    short = {"rope_cos": COS[:16], "rope_sin": SIN[:16]}
+    short: dict[str, Any] = {"rope_cos": COS[:16], "rope_sin": SIN[:16]}
     seen, lengths = np.array([13, 16], np.int32), np.array([new, new // 2], np.int32)
     cache = Cache.empty(B, HKV, D, window=W)._replace(k=K[:, :W], v=V[:, :W], length=seen)
 

@@ -1,9 +1,9 @@
 """The operations as functions for people. Tensor layout `[B, T, H, D]` throughout; letters as in the specification.
 
 Every function works under jit, vmap, grad, checkpoint and shard_map over batch and heads, and over explicit mesh axes.
-Tensors are JAX or NumPy arrays; anything else is refused by name (ERR-14), and so are arrays that were put on different
-devices (ERR-15). Attributes are Python values, part of the compiled program: a traced `scale` is refused (ERR-5). Common
-to all:
+Tensors are JAX or NumPy arrays. Anything else is refused by name (ERR-14), and so are arrays that were put on different
+devices (ERR-15). Attributes are Python values, part of the compiled program: a traced `scale` is refused (ERR-5).
+Common to all:
 
     impl: "xla", "pallas", or None, which takes Pallas on a TPU for the calls it supports and XLA elsewhere.
     precision: of the matrix products, as in `jax.lax.Precision`. None keeps the promise of the specification: true

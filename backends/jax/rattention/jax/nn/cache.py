@@ -82,5 +82,5 @@ def _cleared(tensors: Cache, gone: jax.Array) -> Cache:
     def clear(tensors: Cache, gone: jax.Array) -> Cache:
         return Cache(*(jnp.where(gone.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros_like(x), x) for x in tensors))
 
-    split = Cache(*(Split(entries(x), x.shape) for x in tensors))
+    split = jax.tree.map(lambda x: Split(entries(x), x.shape), tensors)
     return without_explicit_axes(clear, (tensors, gone), split)

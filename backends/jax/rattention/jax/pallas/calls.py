@@ -112,7 +112,7 @@ class Builder:
         costs[self.name] = Cost(self.moved(), self.held())
         # Inside shard_map: results differ between devices as soon as one operand does.
         axes = varying(self.arrays)
-        kind = {"manual_axis_type": ManualAxisType(varying=axes)} if axes else {}
+        kind: dict[str, Any] = {"manual_axis_type": ManualAxisType(varying=axes)} if axes else {}
         results = pl.pallas_call(
             kernel,
             grid=self.grid,

@@ -27,13 +27,13 @@ def run(call: Call, tensors: Arrays, precision: object = None) -> Arrays:
     """
     op, attrs = call.operation.name, call.attributes
     tensors = {name: jnp.asarray(t) for name, t in tensors.items() if t is not None}
-    feature_map, eps = attrs.get("feature_map", "softmax"), attrs.get("eps")
+    feature_map, eps = attrs.get("feature_map", "softmax"), attrs.get("eps", 1e-6)
     if op == "feature_map":
         x = tensors["x"]
         return {"out": parts.phi(parts.wide(x), feature_map).astype(x.dtype)}
     if op == "rms_mix":
         wide = {name: parts.wide(t).reshape((1,) * (4 - t.ndim) + t.shape) for name, t in tensors.items()}
-        return {"out": parts.mix(**wide, eps=eps).astype(tensors["swa"].dtype)}
+        return {"out": parts.mix(**wide, eps=jnp.asarray(eps, wide["swa"].dtype)).astype(tensors["swa"].dtype)}
     scale = attrs.get("scale")
     numbers = {"scale": 1 / math.sqrt(call.dims["D"]) if scale is None else scale, "eps": eps}
     precision = as_precision(precision, call.storage)
