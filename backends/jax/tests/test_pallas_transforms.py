@@ -25,7 +25,7 @@ def test_transformations_agree_with_xla() -> None:
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
-    assert set(report) == {"jit", "checkpoint", "vmap, first", "vmap, second", "shard_map"}
+    assert set(report) == {"jit", "checkpoint", "vmap, first", "vmap, second", "shard_map", "explicit axes"}
     assert all(difference < 50 * EPSILON for difference in report.values()), report
 
 

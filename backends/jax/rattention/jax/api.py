@@ -1,12 +1,16 @@
 """The operations as functions for people. Tensor layout `[B, T, H, D]` throughout; letters as in the specification.
 
-Every function works under jit, vmap, grad, checkpoint and shard_map over batch and heads. Common to all:
+Every function works under jit, vmap, grad, checkpoint and shard_map over batch and heads, and over explicit mesh axes.
+Tensors are JAX or NumPy arrays. Anything else is refused by name (ERR-14), and so are arrays that were put on different
+devices (ERR-15). Attributes are Python values, part of the compiled program: a traced `scale` is refused (ERR-5).
+Common to all:
 
     impl: "xla", "pallas", or None, which takes Pallas on a TPU for the calls it supports and XLA elsewhere.
     precision: of the matrix products, as in `jax.lax.Precision`. None keeps the promise of the specification: true
         float32 for float32 inputs, operands rounded to storage at most for 16-bit ones.
     check_values: also check the values of integer tensors that live on an accelerator, at the price of a transfer;
-        those of NumPy arrays and of concrete arrays on the CPU are always checked.
+        those of NumPy arrays and of concrete arrays on the CPU are always checked. Where values are not looked at, a
+        real token without a row in the rotary table gets NaN (ERR-16).
 
 They raise `rattention.spec.SpecError` for an invalid call and `rattention.spec.Unsupported` for a valid one that the
 chosen implementation lacks.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from rattention.jax.xla.parts import wide_dtype
 
 
 class Cache(NamedTuple):
@@ -41,10 +43,16 @@ class Cache(NamedTuple):
         value_dim = head_dim if value_dim is None else value_dim
         slots = max(window or 0, 0)
         features = head_dim if feature_map == "identity" else 2 * head_dim
-        wide = jnp.promote_types(dtype, jnp.float32)
-        return cls(
-            jnp.zeros((batch, slots, num_kv_heads, head_dim), dtype),
-            jnp.zeros((batch, slots, num_kv_heads, value_dim), dtype),
-            jnp.zeros((batch, num_kv_heads, features, value_dim), wide),
-            jnp.zeros((batch,), jnp.int32),
-        )
+        dtype = jnp.dtype(dtype)
+        return _empty(batch, slots, num_kv_heads, head_dim, value_dim, features, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=range(7))
+def _empty(batch: int, slots: int, heads: int, dim: int, value_dim: int, features: int, dtype: Any) -> Cache:
+    """Made on the device: a zero that comes from the host would be a transfer."""
+    return Cache(
+        jnp.zeros((batch, slots, heads, dim), dtype),
+        jnp.zeros((batch, slots, heads, value_dim), dtype),
+        jnp.zeros((batch, heads, features, value_dim), wide_dtype(dtype)),
+        jnp.zeros((batch,), jnp.int32),
+    )

@@ -11,6 +11,7 @@ An implementation is a module with
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Mapping
@@ -18,12 +19,13 @@ from typing import Any
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
-from rattention.jax import xla
-from rattention.spec import Call, SpecError, Unsupported, validate
+from rattention.jax import meshes, missing, xla
+from rattention.spec import Call, SpecError, Unsupported, load, validate
 
 INTEGERS = ("positions", "segment_ids", "cache_length", "lengths")
+ARRAYS = (jax.Array, np.ndarray)
+"""What a tensor can be (ERR-14); tracers are a jax.Array too."""
 
 
 def run(
@@ -41,17 +43,64 @@ def run(
         SpecError: the call breaks a constraint of the specification.
         Unsupported: `impl="pallas"` and the kernels lack this call, or `check_values` with traced integers.
     """
-    call, arrays = check(op, tensors, attrs, check_values=check_values)
-    return choose(call, arrays, impl, precision).run(call, arrays, precision)
+    call, arrays, seen = check(op, tensors, attrs, check_values=check_values)
+    return compute(choose(call, arrays, impl, precision), call, arrays, precision, seen)
 
 
 def check(
     op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any], *, check_values: bool = False
-) -> tuple[Call, dict[str, jax.Array]]:
-    """The validated call, and its tensors as JAX arrays."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    call = validate(op, given, attrs, host=_host(given, check_values), extra_dtypes=_extra_dtypes())
-    return call, {name: jnp.asarray(t) for name, t in given.items()}
+) -> tuple[Call, dict[str, jax.Array], bool]:
+    """The validated call, its tensors as JAX arrays, and whether the values of all its integers were looked at."""
+    given = {name: _unwrapped(t) for name, t in tensors.items() if t is not None}
+    plain = {name: _plain(op, name, value) for name, value in attrs.items()}
+    readable = {name: t for name, t in given.items() if name in INTEGERS and isinstance(t, ARRAYS)}
+    host = _host(readable, check_values)
+    call = validate(
+        op,
+        given,
+        plain,
+        host=host,
+        extra_dtypes=_extra_dtypes(),
+        array=("a jax.Array or numpy.ndarray", ARRAYS),
+        devices=_devices(given),
+    )
+    return call, {name: on_device(t) for name, t in given.items()}, host.keys() == readable.keys()
+
+
+def compute(
+    implementation: Any, call: Call, arrays: dict[str, jax.Array], precision: object, rows_exist: bool
+) -> dict[str, jax.Array]:
+    """Run a validated call as one compiled program, so that an eager call moves nothing but its arguments.
+
+    Programs are kept by operation, attributes, precision and the shapes and dtypes of the tensors.
+
+    Args:
+        implementation: the module that `choose` found.
+        rows_exist: every token is known to have a row in the rotary table; otherwise those without get NaN (ERR-16).
+    """
+    static = tuple(sorted(call.attributes.items()))
+    return _program(implementation, call.operation.name, static, precision, rows_exist, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _program(
+    implementation: Any,
+    op: str,
+    static: tuple[tuple[str, Any], ...],
+    precision: object,
+    rows_exist: bool,
+    arrays: dict[str, jax.Array],
+) -> dict[str, jax.Array]:
+    def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        call = validate(op, arrays, dict(static), extra_dtypes=_extra_dtypes())
+        if rows_exist:
+            return implementation.run(call, arrays, precision)
+        return missing.run(lambda arrays: implementation.run(call, arrays, precision), call, arrays)
+
+    call = validate(op, arrays, dict(static), extra_dtypes=_extra_dtypes())
+    if implementation is not xla:  # the compiler cannot partition a kernel
+        return meshes.on_each_device(local, call, arrays)
+    return meshes.without_explicit_axes(local, (arrays,), meshes.like_inputs(call, arrays))
 
 
 def choose(call: Call, arrays: Mapping[str, Any], impl: str | None, precision: object) -> Any:
@@ -79,18 +128,51 @@ def _extra_dtypes() -> tuple[str, ...]:
     return ("float64",) if jax.config.jax_enable_x64 else ()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _unwrapped(t: Any) -> Any:
+    """The array of what holds one and says so, such as a flax.nnx.Param."""
+    return t.__jax_array__() if not isinstance(t, ARRAYS) and hasattr(t, "__jax_array__") else t
+
+
+def _plain(op: str, name: str, value: Any) -> Any:
+    """An attribute as a Python number, if it is an array with a value.
+
+    Raises:
+        SpecError: it is traced. Attributes are part of the compiled program and have no gradient (ERR-5).
+    """
+    value = _unwrapped(value)
+    if not isinstance(value, jax.Array):
+        return value
+    spec = load().operations[op].attribute.get(name)
+    if isinstance(value, jax.core.Tracer) and spec is not None:
+        raise SpecError(op, name, spec.domain, "a traced array; attributes are Python values", "ERR-5")
+    return jax.device_get(value)[()] if value.ndim == 0 else value
+
+
+def _devices(given: Mapping[str, Any]) -> dict[str, str]:
+    """Where the arrays are that their owner has placed, if not all in one place. JAX itself moves the others."""
+    found = {}
+    for name, t in given.items():
+        if isinstance(t, jax.Array) and not isinstance(t, jax.core.Tracer) and t.committed:
+            found[name] = t.sharding.device_set
+    if len({frozenset(places) for places in found.values()}) < 2:
+        return {}
+    return {name: ", ".join(sorted(f"{d.platform}:{d.id}" for d in places)) for name, places in found.items()}
+
+
+def on_device(t: Any) -> jax.Array:
+    """As a JAX array. The transfer is explicit: a transfer guard lets it pass."""
+    return t if isinstance(t, jax.Array) else jax.device_put(t)
+
+
 def _host(given: Mapping[str, Any], check_values: bool) -> dict[str, np.ndarray]:
     """The integer tensors whose values can be read without waiting for a device."""
     found = {}
-    for name in INTEGERS:
-        t = given.get(name)
-        if t is None:
-            continue
+    for name, t in given.items():
         if isinstance(t, jax.core.Tracer):
             if check_values:
                 raise Unsupported(f"check_values=True needs the values of {name}, which is traced")
         elif check_values or _on_host(t):
-            found[name] = np.asarray(t)
+            found[name] = np.asarray(jax.device_get(t))
     return found
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from rattention.jax.dispatch import ARRAYS
 from rattention.spec import Unsupported, validate
 
 
@@ -27,13 +28,15 @@ def rope_table(positions: Any, *, head_dim: int, theta: float = 10000.0) -> tupl
         SpecError: wrong rank or dtype of positions, odd head_dim, theta out of its domain.
         Unsupported: traced positions without 64-bit mode: there is no float64 to compute their angles in.
     """
-    attrs = validate("rope_table", {"positions": positions}, {"head_dim": head_dim, "theta": theta}).attributes
+    given, numbers = {"positions": positions}, {"head_dim": head_dim, "theta": theta}
+    attrs = validate("rope_table", given, numbers, array=("a jax.Array or numpy.ndarray", ARRAYS)).attributes
     exponents = np.arange(0, attrs["head_dim"], 2, dtype=np.float64) / attrs["head_dim"]
     frequencies = attrs["theta"] ** -exponents
     if isinstance(positions, jax.core.Tracer):
         if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
             raise Unsupported("rope_table of traced positions needs jax_enable_x64: angles are computed in float64")
-        angles = positions.astype(jnp.float64)[:, None] * frequencies
+        angles = positions.astype(jnp.float64)[:, None] * frequencies[None]
         return jnp.cos(angles).astype(jnp.float32), jnp.sin(angles).astype(jnp.float32)
-    angles = np.asarray(positions).astype(np.float64)[:, None] * frequencies
-    return jnp.asarray(np.cos(angles).astype(np.float32)), jnp.asarray(np.sin(angles).astype(np.float32))
+    # To and from the device explicitly, where a transfer guard watches.
+    angles = np.asarray(jax.device_get(positions)).astype(np.float64)[:, None] * frequencies
+    return jax.device_put((np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)))

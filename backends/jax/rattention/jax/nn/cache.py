@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from rattention.jax.cache import Cache
+from rattention.jax.meshes import Split, entries, without_explicit_axes
 
 
 class GenerationCache(NamedTuple):
@@ -27,7 +30,57 @@ class GenerationCache(NamedTuple):
         return self.tensors.length
 
     def reset(self, rows: Any = None) -> GenerationCache:
-        """The same cache with `rows` (indices or a `[B]` bool mask; default all) empty, to start new sequences."""
-        gone = jnp.zeros(self.length.shape, bool).at[slice(None) if rows is None else jnp.asarray(rows)].set(True)
-        cleared = (jnp.where(gone.reshape(-1, *(1,) * (x.ndim - 1)), 0, x).astype(x.dtype) for x in self.tensors)
-        return self._replace(tensors=Cache(*cleared))
+        """The same cache with `rows` empty, to start new sequences.
+
+        Args:
+            rows: indices, negative ones counted from the end, or a `[B]` bool mask, as an int, a list or an array;
+                default all. Inside a compiled function a mask.
+
+        Raises:
+            IndexError: an index that names no row, or a mask of another length.
+            TypeError: neither ints nor bools, or traced indices, whose range cannot be checked.
+        """
+        return self._replace(tensors=_cleared(self.tensors, _mask(rows, self.length.shape[0])))
+
+
+def _mask(rows: Any, batch: int) -> Any:
+    """`rows` as a `[B]` bool array."""
+    if rows is None:
+        return jax.device_put(np.ones(batch, bool))
+    if isinstance(rows, np.ma.MaskedArray):
+        raise TypeError("reset: rows: expected indices or a bool mask, got a masked array")
+    traced = isinstance(rows, jax.core.Tracer)
+    if isinstance(rows, list | tuple):
+        if any(isinstance(row, jax.core.Tracer) for row in rows):
+            raise TypeError(
+                "reset: rows: expected a traced bool mask, got traced indices, whose range cannot be checked"
+            )
+        rows = np.array([jax.device_get(row) for row in rows]) if rows else np.array([], np.int64)
+    elif isinstance(rows, jax.Array) and not traced:
+        rows = jax.device_get(rows)
+    rows = rows if traced else np.asarray(rows)
+    if rows.dtype == np.bool_:
+        if rows.shape != (batch,):
+            raise IndexError(f"reset: rows: expected a mask of shape [B={batch}], got {list(rows.shape)}")
+        return rows if traced else jax.device_put(rows)
+    if not np.issubdtype(rows.dtype, np.integer) or rows.ndim > 1:
+        raise TypeError(f"reset: rows: expected indices or a bool mask, got {rows.dtype} of shape {list(rows.shape)}")
+    if traced:
+        raise TypeError("reset: rows: expected a traced bool mask, got traced indices, whose range cannot be checked")
+    outside = rows[(rows < -batch) | (rows >= batch)]
+    if outside.size:
+        raise IndexError(f"reset: rows: expected indices below the batch of B={batch}, got {outside.flat[0]}")
+    gone = np.zeros(batch, bool)
+    gone[rows] = True
+    return jax.device_put(gone)
+
+
+@jax.jit
+def _cleared(tensors: Cache, gone: jax.Array) -> Cache:
+    """Zeros in the rows of `gone`."""
+
+    def clear(tensors: Cache, gone: jax.Array) -> Cache:
+        return Cache(*(jnp.where(gone.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros_like(x), x) for x in tensors))
+
+    split = jax.tree.map(lambda x: Split(entries(x), x.shape), tensors)
+    return without_explicit_axes(clear, (tensors, gone), split)

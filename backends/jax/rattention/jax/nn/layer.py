@@ -10,35 +10,11 @@ import numpy as np
 from flax import nnx
 from rattention.jax.api import rattention, rattention_extend
 from rattention.jax.cache import Cache
+from rattention.jax.nn import checks
 from rattention.jax.nn.cache import GenerationCache
+from rattention.jax.nn.parts import HeadNorm, Projection, merge_heads, split_heads
 from rattention.jax.table import rope_table
-
-
-class Projection(nnx.Module):
-    """y = x weight^T + bias, `weight [out, in]` as in `torch.nn.Linear`, so that weights move between frameworks as
-    they are. Starts uniform in +-1/sqrt(in), the bias at 0."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs):
-        bound = 1 / np.sqrt(inputs)
-        self.weight = nnx.Param(jax.random.uniform(rngs.params(), (outputs, inputs), dtype, -bound, bound))
-        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
-
-    def __call__(self, x: Any) -> jax.Array:
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
-
-
-class HeadNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 inside."""
-
-    def __init__(self, channels: int, *, eps: float, dtype: Any):
-        self.weight = nnx.Param(jnp.ones((channels,), dtype))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * self.weight[...]).astype(x.dtype)
+from rattention.jax.xla.parts import wide_dtype
 
 
 class RAttention(nnx.Module):
@@ -60,7 +36,8 @@ class RAttention(nnx.Module):
         rope_theta: base of the rotary embedding of the softmax branch; None for none.
         bias: biases in the four projections.
         impl, precision: as in `rattention`; the projections follow `jax.default_matmul_precision`.
-        param_dtype: of all parameters but `memory`.
+        param_dtype: of all parameters but `memory`. Activations of another dtype are computed in the dtype that can
+            hold both: bfloat16 ones in a float32 layer in float32.
         rngs: `flax.nnx.Rngs` with a `params` stream.
 
     Parameters, by their path in the module; `[out, in]`:
@@ -70,6 +47,12 @@ class RAttention(nnx.Module):
         q_norm.weight, k_norm.weight `[D]` (ones; with `qk_norm`),
         q_scale, k_scale `[D]` (ones; with `qk_scale`),
         memory `[Hq, F, Dv]` float32 (zeros; with `memory`).
+
+    Raises:
+        ValueError: a size that is no positive int, num_heads that is no multiple of num_kv_heads, an unknown
+            `precision`, a `param_dtype` that is not floating-point.
+        SpecError: window, feature_map, eps, rope_theta or impl out of its domain, head_dim odd with a rotary
+            embedding (ERR-5). It is a ValueError too.
 
     Source: RAttention, arXiv 2506.15545.
     """
@@ -96,6 +79,18 @@ class RAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         value_dim = head_dim if value_dim is None else value_dim
+        checks.sizes(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+        )
+        attributes = {"window": window, "feature_map": feature_map, "eps": eps}
+        checks.options(num_heads, num_kv_heads, head_dim, attributes, rope_theta, impl, precision)
+        if not jnp.issubdtype(param_dtype, jnp.floating):
+            raise ValueError(f"param_dtype: expected a floating-point dtype, got {param_dtype!r}")
+        self.hidden_size = hidden_size
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self.window, self.feature_map, self.eps = window, feature_map, eps
@@ -112,8 +107,8 @@ class RAttention(nnx.Module):
         self.q_scale = nnx.Param(jnp.ones((head_dim,), param_dtype)) if qk_scale else None
         self.k_scale = nnx.Param(jnp.ones((head_dim,), param_dtype)) if qk_scale else None
         features = head_dim if feature_map == "identity" else 2 * head_dim
-        wide = jnp.promote_types(param_dtype, jnp.float32)
-        self.memory = nnx.Param(jnp.zeros((num_heads, features, value_dim), wide)) if memory else None
+        shape = (num_heads, features, value_dim)
+        self.memory = nnx.Param(jnp.zeros(shape, wide_dtype(param_dtype))) if memory else None
 
     def __call__(
         self,
@@ -128,10 +123,19 @@ class RAttention(nnx.Module):
         Args:
             segment_ids: `[B, T]` int32, packed documents; 0 is padding, whose output is o_proj of zeros.
             positions: `[B, T]` int32 for the rotary embedding; default: index within the segment.
-            max_position: largest value in `positions`, default T - 1.
+            max_position: largest value in `positions`: it sizes the rotary table. Found in them where they can be
+                read, needed where they are traced. A real token beyond it is refused, or gets NaN if traced (ERR-16).
+
+        Raises:
+            TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`; positions are traced and
+                `max_position` is missing.
+            SpecError: as `rattention`.
         """
+        x = checks.hidden_states(x, "B", "T", self.hidden_size)
+        cos = sin = None
+        if self.rope_theta is not None:
+            cos, sin = self._table(checks.rows_of_table(x.shape[1], positions, segment_ids, max_position))
         q, k, v = self._project(x)
-        cos, sin = self._table(x.shape[1] if max_position is None else max_position + 1)
         out = rattention(
             q,
             k,
@@ -143,21 +147,27 @@ class RAttention(nnx.Module):
             **self._weights(q.dtype),
             **self._options(),
         )
-        return self.o_proj(_merge_heads(out))
+        return self.o_proj(merge_heads(out))
 
     def new_cache(self, batch: int, *, max_length: int | None = None, dtype: Any = None) -> GenerationCache:
         """An empty cache for `batch` sequences.
 
         Args:
             max_length: tokens, prompt included, that a row may reach: the rows of the rotary table. The cache itself
-                does not grow with it. Not needed without rotary embedding.
-            dtype: storage dtype, that of the projections unless given.
+                does not grow with it. Not needed without rotary embedding. A token past it is refused, or gets NaN in
+                a compiled step (ERR-16).
+            dtype: storage dtype: that of the keys that `prefill` will compute. Default: what `k_proj` returns for
+                hidden states of the dtype of its weight, or of `swa_weight` where it has no floating-point weight,
+                as a quantised one. Give it for activations wider than the weights.
 
         Raises:
-            ValueError: `max_length` is missing in a layer with rotary embedding.
+            ValueError: a size that is no positive int; `max_length` is missing in a layer with rotary embedding.
         """
+        checks.sizes(batch=batch)
         if self.rope_theta is not None and max_length is None:
             raise ValueError("max_length: expected the largest sequence length, for the rotary table, got None")
+        if max_length is not None:
+            checks.sizes(max_length=max_length)
         cache = Cache.empty(
             batch,
             num_kv_heads=self.num_kv_heads,
@@ -165,7 +175,7 @@ class RAttention(nnx.Module):
             value_dim=self.value_dim,
             window=self.window,
             feature_map=self.feature_map,
-            dtype=self.k_proj.weight.dtype if dtype is None else dtype,
+            dtype=self._key_dtype() if dtype is None else dtype,
         )
         return GenerationCache(cache, *self._table(max_length or 0))
 
@@ -174,7 +184,13 @@ class RAttention(nnx.Module):
 
         `lengths [B]` int32 says how many of the T tokens of each row are real: the rest is ignored. A row with length
         0 waits. Returns `[B, T, hidden]` and the new cache.
+
+        Raises:
+            TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`.
+            SpecError: as `rattention_extend`; also a row that would pass the cache's `max_length`, where lengths can
+                be read. Where they cannot, its tokens past it get NaN (ERR-16).
         """
+        x = checks.hidden_states(x, "B", "T", self.hidden_size)
         q, k, v = self._project(x)
         out, after = rattention_extend(
             q,
@@ -187,19 +203,20 @@ class RAttention(nnx.Module):
             **self._weights(q.dtype),
             **self._options(),
         )
-        return self.o_proj(_merge_heads(out)), cache._replace(tensors=after)
+        return self.o_proj(merge_heads(out)), cache._replace(tensors=after)
 
     def step(self, x: Any, cache: GenerationCache, *, active: Any = None) -> tuple[jax.Array, GenerationCache]:
-        """One token per row: `x [B, hidden]` to `[B, hidden]`, and the new cache. Rows where `active [B]` is false
-        wait."""
-        lengths = None if active is None else jnp.asarray(active).astype(jnp.int32)
+        """One token per row: `x [B, hidden]` to `[B, hidden]`, and the new cache. Rows where `active [B]` (bool) is
+        false wait. Raises as `prefill`, and for an `active` of another dtype or shape."""
+        x = checks.hidden_states(x, "B", self.hidden_size)
+        lengths = None if active is None else checks.mask("active", active, x.shape[0]).astype(jnp.int32)
         y, cache = self.prefill(x[:, None], cache, lengths=lengths)
-        return y[:, 0], cache
+        return jnp.squeeze(y, axis=1), cache
 
     def _project(self, x: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q = self.q_proj(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-        k = self.k_proj(x).reshape(*x.shape[:2], self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(*x.shape[:2], self.num_kv_heads, self.value_dim)
+        q = split_heads(self.q_proj(x), self.num_heads, self.head_dim)
+        k = split_heads(self.k_proj(x), self.num_kv_heads, self.head_dim)
+        v = split_heads(self.v_proj(x), self.num_kv_heads, self.value_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -212,7 +229,17 @@ class RAttention(nnx.Module):
                 value = param[...]
                 # The operations take weights in float32 or in the storage dtype of the call.
                 weights[name] = value if value.dtype in (jnp.float32, storage) else value.astype(storage)
-        return weights | {"memory": None if self.memory is None else self.memory[...]}
+        if self.memory is not None:
+            # float32 also in a layer that was cast to 16 bits as a whole; float64 in a float64 call.
+            weights["memory"] = self.memory[...].astype(wide_dtype(storage))
+        return weights
+
+    def _key_dtype(self) -> Any:
+        weight = getattr(self.k_proj, "weight", None)
+        dtype = getattr(weight, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            dtype = self.swa_weight.dtype
+        return jax.eval_shape(self.k_proj, jax.ShapeDtypeStruct((1, 1, self.hidden_size), dtype)).dtype
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -227,7 +254,3 @@ class RAttention(nnx.Module):
         if self.rope_theta is None:
             return None, None
         return rope_table(np.arange(rows, dtype=np.int32), head_dim=self.head_dim, theta=self.rope_theta)
-
-
-def _merge_heads(x: jax.Array) -> jax.Array:
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3])

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import ManualAxisType
+from rattention.jax.meshes import vary, varying
 from rattention.jax.pallas import backward, cost, decode, forward, watch
 from rattention.jax.pallas.config import Config
 from rattention.jax.pallas.plan import Plan
@@ -66,12 +68,15 @@ class Builder:
             body(p, SimpleNamespace(**dict(zip(names, refs, strict=True))))
 
         watch.traced(self.name)
+        # Inside shard_map: results differ between devices as soon as one operand does.
+        axes = varying(self.arrays)
+        kind: dict[str, Any] = {"manual_axis_type": ManualAxisType(varying=axes)} if axes else {}
         results = pl.pallas_call(
             kernel,
             grid=self.grid,
             in_specs=[spec for _, spec in self.inputs],
             out_specs=[spec for _, spec, _ in self.outputs],
-            out_shape=[shape for *_, shape in self.outputs],
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype, **kind) for *_, x in self.outputs],
             scratch_shapes=[shape for _, shape in self.scratch],
             compiler_params=pltpu.CompilerParams(
                 # The interpreter does not extend this tuple by the axis that vmap puts in front; the compiler does.
@@ -81,7 +86,7 @@ class Builder:
             cost_estimate=cost.estimate(work, [*self.arrays, *(shape for *_, shape in self.outputs)]),
             name=self.name,
             interpret=watch.interpreter(self.name) if p.interpret else False,
-        )(*self.arrays)
+        )(*vary(self.arrays, axes))
         return dict(zip([n for n, *_ in self.outputs], results, strict=True))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rattention.jax.meshes import sum_to
 from rattention.jax.pallas import calls, config, extend, layout
 from rattention.jax.pallas.config import Config
 from rattention.jax.pallas.plan import Plan
@@ -32,7 +33,7 @@ def _core_forward(p: Plan, given: dict[str, Any], fixed: dict[str, Any]) -> tupl
 
 def _core_backward(p: Plan, saved: Any, cotangents: dict[str, Any]) -> tuple[Any, Any]:
     given, fixed, results = saved
-    return calls.run_backward(p, given, fixed, results, cotangents), None
+    return sum_to(calls.run_backward(p, given, fixed, results, cotangents), given), None
 
 
 core.defvjp(_core_forward, _core_backward)

@@ -11,9 +11,10 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from rattention.jax import dispatch
-from rattention.jax.sharded.sequence import documents, one_row
+from rattention.jax.missing import without_row
+from rattention.jax.sharded.sequence import documents, on_one_device, one_row
 from rattention.spec import Call, Unsupported
 
 BY_ROW = ("positions", "segment_ids")
@@ -81,31 +82,55 @@ def rattention(
         "initial_state": initial_state,
     }
     attrs = {"window": window, "scale": scale, "feature_map": feature_map, "eps": eps}
-    call, arrays = dispatch.check("rattention", tensors, attrs, check_values=check_values)
-    axes = _axes(call, mesh, spec)
-    batch, sequence, heads = axes
+    call, arrays, seen = dispatch.check("rattention", tensors, attrs, check_values=check_values)
+    _, sequence, _ = _axes(call, mesh, spec)
+    if sequence is None or not call.dims["T"] or not any(name in arrays for name in BY_ROW):
+        dispatch.choose(call, arrays, impl, precision)
+    elif impl == "pallas":
+        raise Unsupported("a split sequence with segment_ids or positions: the kernels have no such entry")
+    else:
+        dispatch.choose(call, arrays, impl or "xla", precision)  # which refuses what it does not know
+    static = tuple(sorted(call.attributes.items()))
+    outputs = _program(mesh, spec, static, impl, precision, seen, arrays)
+    return (outputs["out"], outputs["final_state"]) if return_final_state else outputs["out"]
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _program(
+    mesh: Mesh | AbstractMesh,
+    spec: PartitionSpec,
+    static: Any,
+    impl: Any,
+    precision: Any,
+    rows_exist: bool,
+    arrays: Any,
+) -> dict[str, jax.Array]:
+    """One compiled program, kept like those of `dispatch.compute`."""
+    call, arrays, _ = dispatch.check("rattention", arrays, dict(static))
+    batch, sequence, heads = _axes(call, mesh, spec)
     state_spec = PartitionSpec(batch, heads)
     tokens = PartitionSpec(batch, sequence, heads)
     specs = dict.fromkeys(("swa_weight", "rla_weight", "memory"), PartitionSpec(heads))
     specs |= dict.fromkeys("qkv", tokens) | {"initial_state": state_spec}
     specs |= dict.fromkeys(BY_ROW, PartitionSpec(batch))
-    local: Any = functools.partial(_whole_sequence, impl=impl)
+    specs = {name: specs.get(name, PartitionSpec()) for name in arrays}
+    local: Any = functools.partial(_whole_sequence, impl=impl, rows_exist=rows_exist)
     if sequence is not None and call.dims["T"]:
         local = functools.partial(one_row, impl=impl)
         if any(name in arrays for name in BY_ROW):
-            if impl == "pallas":
-                raise Unsupported("a split sequence with segment_ids or positions: the kernels have no such entry")
-            dispatch.choose(call, arrays, impl or "xla", precision)  # which refuses what it does not know
-            local = documents
+            local = functools.partial(documents, missing=None if rows_exist else functools.partial(without_row, call))
         local = functools.partial(local, axis=sequence, devices=mesh.shape[sequence])
+
+    if AxisType.Explicit in mesh.axis_types:
+        # There the split of an array is part of its type, and must be that of `specs` before shard_map.
+        arrays = {name: jax.sharding.reshard(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
     out, state = jax.shard_map(
         functools.partial(local, attrs=call.attributes, precision=precision),
         mesh=mesh,
-        in_specs=({name: specs.get(name, PartitionSpec()) for name in arrays},),
+        in_specs=(specs,),
         out_specs=(tokens, state_spec),
-        check_vma=False,
     )(arrays)
-    return (out, state) if return_final_state else out
+    return {"out": out, "final_state": state}
 
 
 def _axes(call: Call, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> tuple[Any, Any, Any]:
@@ -139,7 +164,7 @@ def _axes(call: Call, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> tuple[A
 
 
 def _whole_sequence(
-    tensors: dict[str, Any], *, attrs: dict[str, Any], impl: str | None, precision: object
+    tensors: dict[str, Any], *, attrs: dict[str, Any], impl: str | None, precision: object, rows_exist: bool
 ) -> tuple[jax.Array, jax.Array]:
-    outputs = dispatch.run("rattention", tensors, attrs, impl=impl, precision=precision)
+    outputs = on_one_device("rattention", tensors, attrs, impl, precision, rows_exist)
     return outputs["out"], outputs["final_state"]

@@ -13,19 +13,29 @@ its document lasts. The ids themselves are known to every device, so where they 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from rattention.jax import dispatch
+from rattention.jax.missing import mark, replace
 from rattention.jax.sharded import exchange
 from rattention.jax.xla.ops import attend
-from rattention.jax.xla.parts import phi, wide
+from rattention.jax.xla.parts import per_channel, phi, wide
 from rattention.jax.xla.plan import as_precision
 from rattention.jax.xla.tokens import Segments, Tokens, of_forward
 
 Arrays = dict[str, Any]
+
+
+def on_one_device(
+    op: str, tensors: Arrays, attrs: Arrays, impl: str | None, precision: object, rows_exist: bool
+) -> Arrays:
+    """An operation on the shard of one device."""
+    call, arrays, _ = dispatch.check(op, tensors, attrs)
+    return dispatch.compute(dispatch.choose(call, arrays, impl, precision), call, arrays, precision, rows_exist)
 
 
 def one_row(
@@ -39,21 +49,31 @@ def one_row(
     place = lax.axis_index(axis)
     # Without a device before it, slots hold zeros; they are also marked unused by the length.
     seen = jnp.full((batch,), place * length, jnp.int32)
-    real = jnp.arange(length, dtype=jnp.int32) - slots >= -seen[:, None]
+    real = jnp.arange(length, dtype=jnp.int32)[None] - slots >= -seen[:, None]
     added = _leaving(halo_k, halo_v, tensors, real, attrs["feature_map"], precision)
     state = exchange.exclusive_sum(added, axis, devices)
     if "initial_state" in tensors:
         state = state + tensors["initial_state"]
     given = {name: x for name, x in tensors.items() if name != "initial_state"}
     cache = {"cache_k": halo_k, "cache_v": halo_v, "cache_state": state, "cache_length": seen}
-    outputs = dispatch.run("rattention_extend", given | cache, attrs, impl=impl, precision=precision)
+    # The validation has seen that the table has a row for each token of the whole sequence.
+    outputs = on_one_device("rattention_extend", given | cache, attrs, impl, precision, rows_exist=True)
     return outputs["out"], _of_the_last(outputs["cache_state"], axis, devices)
 
 
 def documents(
-    tensors: Arrays, *, axis: str, devices: int, attrs: Arrays, precision: object
+    tensors: Arrays,
+    *,
+    axis: str,
+    devices: int,
+    attrs: Arrays,
+    precision: object,
+    missing: Callable[[Arrays], tuple[jax.Array, jax.Array] | None] | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Out and final state of a sequence with segments or explicit positions, given whole `[B, T]` to every device."""
+    """Out and final state of a sequence with segments or explicit positions, given whole `[B, T]` to every device.
+
+    `missing` finds the tokens of the whole row that have no row in the rotary table; None where all have one.
+    """
     q, k, v = (tensors[name] for name in "qkv")
     batch, length = k.shape[:2]
     slots = max(attrs["window"], 0)
@@ -69,10 +89,15 @@ def documents(
     assert live is not None
     assert segments is not None
 
+    without = None if missing is None else missing(tensors)
+    if without is not None:
+        own, touched = (lax.dynamic_slice_in_dim(x, place * length, length, axis=1) for x in without)
+        q = mark(q, own)
+
     # What inert tokens hold, NaN included, does not even leave its device.
     q, k, v = (jnp.where(live[:, slots:, None, None], x, jnp.zeros((), x.dtype)) for x in (q, k, v))
     halo_k, halo_v = (exchange.halo(x, slots, axis, devices) for x in (k, v))
-    fold = live & (jnp.arange(slots + length, dtype=jnp.int32) < here.end[:, None])
+    fold = live & (jnp.arange(slots + length, dtype=jnp.int32)[None] < here.end[:, None])
     fold &= segments.order == segments.last[:, None]
     added = _leaving(halo_k, halo_v, tensors | {"k": k, "v": v}, fold[:, :length], attrs["feature_map"], precision)
     before = segments.first  # the segment of the state that comes in
@@ -89,6 +114,7 @@ def documents(
         "rattention", attrs["window"], attrs["feature_map"], as_precision(precision, str(q.dtype)),
         here, q, keys, values, state, given, numbers,
     )  # fmt: skip
+    out = out if without is None else replace(out, touched)
     return out, _of_the_last(after, axis, devices)
 
 
@@ -130,7 +156,7 @@ def _leaving(
     k = wide(jnp.concatenate([halo_k, tensors["k"]], axis=1)[:, :length])
     v = wide(jnp.concatenate([halo_v, tensors["v"]], axis=1)[:, :length])
     if "k_scale" in tensors:
-        k = k * wide(tensors["k_scale"])
+        k = per_channel(k, wide(tensors["k_scale"]))
     features = jnp.where(real[:, :, None, None], phi(k, feature_map), 0)
     return jnp.einsum(
         "bthf,bthv->bhfv",

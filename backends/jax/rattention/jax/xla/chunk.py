@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rattention.jax.xla.parts import mix, phi, rotate, wide
+from rattention.jax.xla.parts import mix, per_channel, phi, rotate, wide
 from rattention.jax.xla.plan import Plan
 
 Arrays = dict[str, Any]
@@ -42,7 +42,7 @@ def run_chunk(plan: Plan, state: Any, data: Arrays, fixed: Arrays) -> tuple[Any,
     if plan.mix or not plan.softmax:
         rla, state = _linear_branch(plan, state, q, k, v, data, fixed)
     if plan.mix:
-        a, b = (wide(data[n]).reshape(kv_heads, 1, group, channels) for n in ("swa_weight", "rla_weight"))
+        a, b = (wide(data[n]).reshape(1, kv_heads, 1, group, channels) for n in ("swa_weight", "rla_weight"))
         out = mix(swa, rla, a, b, fixed["eps"])
     else:
         out = swa if plan.softmax else rla
@@ -63,8 +63,8 @@ def _softmax_branch(plan: Plan, q: jax.Array, k: jax.Array, v: jax.Array, fixed:
 
 def _window_mask(plan: Plan, fixed: Arrays) -> jax.Array:
     """`[B or 1, C, N]`: which keys each query attends to (SWA-1, SEG-1)."""
-    query = jnp.arange(plan.chunk, dtype=jnp.int32)[:, None]
-    key = jnp.arange(plan.span, dtype=jnp.int32)[None, :]
+    query = jnp.arange(plan.chunk, dtype=jnp.int32)[None, :, None]
+    key = jnp.arange(plan.span, dtype=jnp.int32)[None, None, :]
     first = fixed["index"] * plan.chunk
     if plan.full:
         inside = key <= first + query + plan.prefix
@@ -82,7 +82,7 @@ def _linear_branch(
     out = jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
     if state is None and "memory" not in data:
         return out, None
-    features = phi(q * wide(data["q_scale"]) if "q_scale" in data else q, plan.feature_map)
+    features = phi(per_channel(q, wide(data["q_scale"])) if "q_scale" in data else q, plan.feature_map)
     if state is not None:
         out = _dot(plan, "bhcgf,bhfv->bhcgv", features, state)
         if plan.segmented:
@@ -94,7 +94,7 @@ def _linear_branch(
     if not plan.linear or state is None:
         return out, state
     k, v = k[:, :, : plan.chunk], v[:, :, : plan.chunk]
-    leaving = phi(k * wide(data["k_scale"]) if "k_scale" in data else k, plan.feature_map)
+    leaving = phi(per_channel(k, wide(data["k_scale"])) if "k_scale" in data else k, plan.feature_map)
     scores = _dot(plan, "bhcgf,bhnf->bhcgn", features, leaving)
     scores = jnp.where(_behind_mask(plan, fixed)[:, None, :, None], scores, 0)
     out = out + _dot(plan, "bhcgn,bhnv->bhcgv", scores, v)
@@ -108,9 +108,9 @@ def _linear_branch(
 
 def _behind_mask(plan: Plan, fixed: Arrays) -> jax.Array:
     """`[B or 1, C, C]`: which keys of the chunk have left the window of each query (RLA-1, SEG-2)."""
-    query = jnp.arange(plan.chunk, dtype=jnp.int32)[:, None]
-    key = jnp.arange(plan.chunk, dtype=jnp.int32)[None, :]
-    behind = (key <= query if plan.inclusive else key < query)[None]
+    query = jnp.arange(plan.chunk, dtype=jnp.int32)[None, :, None]
+    key = jnp.arange(plan.chunk, dtype=jnp.int32)[None, None, :]
+    behind = key <= query if plan.inclusive else key < query
     if plan.segmented:
         behind = behind & (fixed["order_q"][:, :, None] == fixed["order_k"][:, None, : plan.chunk])
     return behind

@@ -1,11 +1,10 @@
 """The operations as functions of arrays: from the public layout to chunks and back.
 
-`run` is the entry: one compiled program per operation, static attributes, shapes, and set of tensors given.
+`run` is the entry. It computes step by step; who calls it compiles it.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -22,36 +21,25 @@ LINEAR = ("q_scale", "k_scale", "memory")
 
 
 def run(call: Call, tensors: Arrays, precision: object = None) -> Arrays:
-    """Run one validated operation on arrays; returns its outputs by name.
+    """Run one validated operation, any but rope_table, on arrays; returns its outputs by name.
 
-    `scale` and `eps` are operands of the compiled program, not part of it: other values compile nothing.
+    The attributes `scale` and `eps` may be traced: a compiled program can have them as operands.
     """
-    attrs = call.attributes
-    scale = attrs.get("scale")
-    if scale is None and "D" in call.dims:
-        scale = 1 / math.sqrt(call.dims["D"])
-    return program(
-        call.operation.name,
-        attrs.get("window"),
-        attrs.get("feature_map", "softmax"),
-        as_precision(precision, call.storage),
-        {name: jnp.asarray(t) for name, t in tensors.items() if t is not None},
-        {"scale": scale, "eps": attrs.get("eps", 1e-6)},
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def program(op: str, window: int | None, feature_map: str, precision: Any, tensors: Arrays, numbers: Arrays) -> Arrays:
-    """The traced body of every operation but rope_table, which needs no device."""
+    op, attrs = call.operation.name, call.attributes
+    tensors = {name: jnp.asarray(t) for name, t in tensors.items() if t is not None}
+    feature_map, eps = attrs.get("feature_map", "softmax"), attrs.get("eps", 1e-6)
     if op == "feature_map":
         x = tensors["x"]
         return {"out": parts.phi(parts.wide(x), feature_map).astype(x.dtype)}
     if op == "rms_mix":
-        wide = {k: parts.wide(t) for k, t in tensors.items()}
-        return {"out": parts.mix(**wide, eps=numbers["eps"]).astype(tensors["swa"].dtype)}
+        wide = {name: parts.wide(t).reshape((1,) * (4 - t.ndim) + t.shape) for name, t in tensors.items()}
+        return {"out": parts.mix(**wide, eps=jnp.asarray(eps, wide["swa"].dtype)).astype(tensors["swa"].dtype)}
+    scale = attrs.get("scale")
+    numbers = {"scale": 1 / math.sqrt(call.dims["D"]) if scale is None else scale, "eps": eps}
+    precision = as_precision(precision, call.storage)
     if op == "rattention_extend":
-        return _extend(window, feature_map, precision, tensors, numbers)
-    return _forward(op, window, feature_map, precision, tensors, numbers)
+        return _extend(attrs["window"], feature_map, precision, tensors, numbers)
+    return _forward(op, attrs["window"], feature_map, precision, tensors, numbers)
 
 
 def _forward(op: str, window: int | None, feature_map: str, precision: Any, given: Arrays, numbers: Arrays) -> Arrays:
@@ -109,9 +97,8 @@ def attend(
     batch, tokens, heads, dim = q.shape
     kv_heads, features = keys.shape[2], dim if feature_map == "identity" else 2 * dim
     wants_linear = op != "sliding_window_attention"
-    wide_type = jnp.promote_types(q.dtype, jnp.float32)
     if wants_linear and state is None:
-        folded = jnp.zeros((batch, kv_heads, features, values.shape[3]), wide_type)
+        folded = jnp.zeros((batch, kv_heads, features, values.shape[3]), parts.wide_dtype(q.dtype))
     else:
         folded = state
     if tokens == 0 or (not wants_linear and window == -1):  # SWA-5

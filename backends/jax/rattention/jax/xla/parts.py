@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,17 @@ import jax.numpy as jnp
 def wide(x: jax.Array) -> jax.Array:
     """float32, or float64 for float64. Widening an input once, before both branches read it, also makes gradients of
     shared heads and of both branches add up in float32 before their one rounding (GRAD-3)."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """Where a storage dtype computes. Spelled out: under strict promotion JAX promotes none of these pairs."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def per_channel(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x [..., D]` times `weight [D]`, of equal rank."""
+    return x * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
 def phi(x: jax.Array, feature_map: str) -> jax.Array:
@@ -46,7 +58,7 @@ def _reciprocal_rms(x: jax.Array, eps: jax.Array) -> jax.Array:
 
 
 def mix(swa: jax.Array, rla: jax.Array, swa_weight: jax.Array, rla_weight: jax.Array, eps: jax.Array) -> jax.Array:
-    """swa_weight * rms(swa) + rla_weight * rms(rla) (MIX-1); weights broadcast against the branches."""
+    """swa_weight * rms(swa) + rla_weight * rms(rla) (MIX-1); weights have the rank of the branches."""
     return swa_weight * rms_normalise(swa, eps) + rla_weight * rms_normalise(rla, eps)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from rattention.jax.meshes import sum_to, vary, varying
 from rattention.jax.xla.chunk import run_chunk
 from rattention.jax.xla.parts import wide
 from rattention.jax.xla.plan import Plan
@@ -45,6 +46,9 @@ def run_chunks(
         data = {"q": first} | _windows(plan, windowed, 0) | params
         state, out = run_chunk(plan, state, data, _fixed(plan, fixed, steps, 0))
         return out[None], state
+    # The state leaves the scan with the mesh axes of what is folded into it, so it must enter with them.
+    folded = {name: x for name, x in params.items() if name == "k_scale"}
+    state = vary(state, varying(state, windowed, folded, fixed))
     return _scan(plan, state, q, windowed, params, fixed)
 
 
@@ -59,7 +63,7 @@ def _forward(plan, state, q, windowed, params, fixed):
         index, q, steps = x
         data = {"q": q} | _windows(plan, windowed, index) | params
         after, out = run_chunk(plan, carry, data, _fixed(plan, fixed, steps, index))
-        return after, (out, carry)
+        return vary(after, varying(carry)), (out, carry)
 
     xs = (jnp.arange(plan.chunks, dtype=jnp.int32), q, fixed["steps"])
     after, (out, states) = lax.scan(step, state, xs)
@@ -72,6 +76,10 @@ def _scan_fwd(plan, state, q, windowed, params, fixed):
 
 
 def _scan_bwd(plan, saved, cotangents):
+    # Every cotangent is summed over the scan on each device, and over the devices that share its primal once, at the
+    # end: inside the scan all arrays vary over the same mesh axes.
+    primals = saved
+    saved, cotangents = vary((saved, cotangents), varying(saved, cotangents))
     states, q, windowed, params, fixed = saved
     d_out, d_state = cotangents
 
@@ -92,7 +100,8 @@ def _scan_bwd(plan, saved, cotangents):
     xs = (jnp.arange(plan.chunks, dtype=jnp.int32), states, q, fixed["steps"], d_out)
     (d_state, d_windowed, d_params), d_q = lax.scan(step, (d_state, *zeros), xs, reverse=True)
     d_windowed, d_params = jax.tree.map(lambda g, x: g.astype(x.dtype), (d_windowed, d_params), (windowed, params))
-    return d_state, d_q, d_windowed, d_params, None
+    gradients = d_state, d_q, d_windowed, d_params
+    return *sum_to(gradients, primals[:4]), None
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)

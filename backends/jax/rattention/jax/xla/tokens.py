@@ -96,7 +96,7 @@ def running_max(x: jax.Array, block: int = 64) -> jax.Array:
 
     def triangle(y: jax.Array, strict: int) -> jax.Array:
         at = jnp.arange(y.shape[-1], dtype=jnp.int32)
-        seen = at[None, :] <= at[:, None] - strict
+        seen = (at[None, :] <= at[:, None] - strict).reshape((1,) * (y.ndim - 1) + (at.size, at.size))
         return jnp.max(jnp.where(seen, y[..., None, :], lowest), axis=-1)
 
     inner = triangle(x, 0)

@@ -1,0 +1,111 @@
+"""What a layer refuses, by name: sizes and options when it is made, activations when it is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from rattention.jax.dispatch import ARRAYS, choose, on_device
+from rattention.jax.xla.plan import as_precision
+from rattention.spec import validate
+
+
+def sizes(**given: Any) -> None:
+    """Positive ints.
+
+    Raises:
+        ValueError: one is not; the text names it.
+    """
+    for name, size in given.items():
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
+            raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
+
+
+def options(
+    heads: int, kv_heads: int, dim: int, attributes: dict[str, Any], theta: float | None, impl: Any, precision: Any
+) -> None:
+    """What the operation would refuse at the first call.
+
+    Raises:
+        ValueError: a combination of heads, or a precision, that there is not.
+        SpecError: an attribute out of its domain (ERR-5), an odd head_dim with a rotary embedding.
+    """
+    if heads % kv_heads:
+        raise ValueError(f"num_heads: expected a multiple of num_kv_heads={kv_heads}, got {heads}")
+    shapes = {"q": (1, 1, heads, dim), "k": (1, 1, kv_heads, dim), "v": (1, 1, kv_heads, 1)}
+    shapes |= {"swa_weight": (heads, 1), "rla_weight": (heads, 1)}
+    tensors = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    call = validate("rattention", tensors, attributes)
+    if theta is not None:
+        positions = jax.ShapeDtypeStruct((1,), jnp.int32)
+        validate("rope_table", {"positions": positions}, {"head_dim": dim, "theta": theta})
+    if impl != "pallas":
+        choose(call, tensors, impl, precision)
+    as_precision(precision, "float32")
+
+
+def hidden_states(x: Any, *shape: str | int) -> jax.Array:
+    """`x` as a JAX array, if it has the rank and the last size of `shape` and a floating-point dtype.
+
+    Raises:
+        TypeError: no array, an array with a mask, or not of floating-point numbers.
+        ValueError: another shape.
+    """
+    brackets = "[" + ", ".join(map(str, shape)) + "]"
+    if hasattr(x, "__jax_array__") and not isinstance(x, ARRAYS):
+        x = x.__jax_array__()
+    if not isinstance(x, ARRAYS) or isinstance(x, np.ma.MaskedArray):
+        kind = f"{type(x).__module__}.{type(x).__qualname__}"
+        raise TypeError(f"x: expected a jax.Array or numpy.ndarray {brackets}, got {kind}")
+    if x.ndim != len(shape) or x.shape[-1] != shape[-1]:
+        raise ValueError(f"x: expected shape {brackets}, got {list(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x: expected a floating-point dtype, got {x.dtype}")
+    return on_device(x)
+
+
+def mask(name: str, given: Any, batch: int) -> jax.Array:
+    """`given` as a JAX array, if it is a `[B]` bool mask.
+
+    Raises:
+        TypeError: no array of bools.
+        ValueError: another shape.
+    """
+    if not isinstance(given, ARRAYS) or isinstance(given, np.ma.MaskedArray) or given.dtype != np.bool_:
+        kind = f"dtype {given.dtype}" if isinstance(given, ARRAYS) else type(given).__qualname__
+        raise TypeError(f"{name}: expected an array [B={batch}] of bools, got {kind}")
+    if given.shape != (batch,):
+        raise ValueError(f"{name}: expected shape [B={batch}], got {list(given.shape)}")
+    return on_device(given)
+
+
+def rows_of_table(length: int, positions: Any, segment_ids: Any, max_position: Any) -> int:
+    """How many rows the rotary table of a forward over `length` tokens needs.
+
+    Raises:
+        ValueError: `max_position` is no int >= 0, or is missing where `positions` cannot be read.
+    """
+    if max_position is not None:
+        if isinstance(max_position, bool) or not isinstance(max_position, int | np.integer) or max_position < 0:
+            raise ValueError(f"max_position: expected an int >= 0, or None, got {max_position!r}")
+        return int(max_position) + 1
+    if not isinstance(positions, ARRAYS):  # none, or something that the operation refuses by name
+        return length
+    if not _readable(positions):
+        raise ValueError("max_position: expected the largest of the positions, which cannot be read here, got None")
+    values = np.asarray(jax.device_get(positions))
+    if isinstance(segment_ids, ARRAYS) and _readable(segment_ids) and segment_ids.shape == values.shape:
+        values = values[np.asarray(jax.device_get(segment_ids)) != 0]
+    if values.dtype != np.int32:  # refused by the operation
+        return length
+    # A power of two, so that batches of about one length share a compiled program.
+    return 1 << int(np.max(values, initial=0)).bit_length()
+
+
+def _readable(x: Any) -> bool:
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return not isinstance(x, jax.Array) or x.is_fully_addressable
