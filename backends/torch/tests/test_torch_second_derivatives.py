@@ -114,9 +114,9 @@ def test_second_derivatives_of_a_continuation(window: int | None, with_memory: b
     names = list(tensors)
 
     def f(k: Tensor, v: Tensor, state: Tensor, *args: Tensor):
-        named: dict[str, Any] = dict(zip(names, args, strict=True))
+        named: dict[str, Any] = dict(zip(names, args, strict=True)) | table()
         cache = rt.Cache(k, v, state, length)
-        out, after = rt.rattention_extend(**named, cache=cache, lengths=lengths, window=window, **table())
+        out, after = rt.rattention_extend(**named, cache=cache, lengths=lengths, window=window)
         return out, after.k, after.v, after.state
 
     leaves = [x.clone().requires_grad_() for x in (*cache, *tensors.values())]
@@ -126,10 +126,10 @@ def test_second_derivatives_of_a_continuation(window: int | None, with_memory: b
 def product(f: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], tensors: dict[str, Tensor]) -> list[Tensor]:
     """The Hessian of a scalar of the outputs, times a fixed direction."""
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    loss = sum(x.square().sum() for x in f(leaves))
-    grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)  # pyright: ignore[reportArgumentType]
-    along = sum((g * normal(20 + i, *g.shape)).sum() for i, g in enumerate(grads))
-    return list(torch.autograd.grad(along, list(leaves.values())))  # pyright: ignore[reportArgumentType]
+    loss = torch.stack([x.square().sum() for x in f(leaves)]).sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+    along = torch.stack([(g * normal(20 + i, *g.shape)).sum() for i, g in enumerate(grads)]).sum()
+    return list(torch.autograd.grad(along, list(leaves.values())))
 
 
 @pytest.mark.parametrize("op", ["sliding_window_attention", "residual_linear_attention", "rattention"])

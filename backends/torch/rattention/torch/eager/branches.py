@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from rattention.torch.eager.band import band_attention
 from rattention.torch.eager.fused import Inputs, fused
+from rattention.torch.eager.groups import Groups
 from rattention.torch.eager.layout import by_heads
 from rattention.torch.eager.maps import rotate
 from rattention.torch.eager.mix import mix
-from rattention.torch.eager.scan import Groups, linear_scan
+from rattention.torch.eager.scan import linear_scan
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor] | None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from rattention.torch.eager.chunks import band_chunk, scan_chunk, spans
+from rattention.torch.eager.groups import groups_of
 from rattention.torch.eager.maps import phi
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def scan(
     f = phi(q.reshape(B, T, Hkv, G, D).permute(0, 2, 1, 3, 4), feature_map)  # [B, Hkv, T, G, F]
     x = phi(k, feature_map)
     S = q.new_zeros(B, Hkv, f.shape[4], Dv) if state is None else state
-    grouped = group_q is not None and group_k is not None and alive is not None
+    groups = groups_of(group_q, group_k, alive)
 
     def select(condition: Tensor, value: Tensor) -> Tensor:
         """Zero what the condition `[B, n]` does not hold for, along axis 2 of `value`."""
@@ -81,22 +82,22 @@ def scan(
 
     def recall(t0: int, t1: int, before: int) -> Tensor:
         read = torch.einsum("bhtgf,bhfd->bhtgd", f[:, :, t0:t1], S)
-        return select(group_q[:, t0:t1] == alive[:, before, None], read) if grouped else read
+        return read if groups is None else select(groups.q[:, t0:t1] == groups.alive[:, before, None], read)
 
     outs = [q.new_zeros(B, Hkv, lead, G, Dv) if state is None else recall(0, lead, 0)]
     for j0, j1 in spans(0, J, scan_chunk(G)):
         t0, t1 = j0 + lead, j1 + lead
         step = torch.arange(j1 - j0, device=q.device)
         reads = (step[:, None] >= step if inclusive else step[:, None] > step)[None]
-        if grouped:
-            reads = reads & (group_q[:, t0:t1, None] == group_k[:, None, j0:j1])
+        if groups is not None:
+            reads = reads & (groups.q[:, t0:t1, None] == groups.k[:, None, j0:j1])
         tile = torch.einsum("bhtgf,bhjf->bhtgj", f[:, :, t0:t1], x[:, :, j0:j1])
         tile = torch.where(reads[:, None, :, None], tile, 0)
         outs.append(torch.einsum("bhtgj,bhjd->bhtgd", tile, v[:, :, j0:j1]) + recall(t0, t1, j0))
         folded = x[:, :, j0:j1]
-        if grouped:
-            folded = select(group_k[:, j0:j1] == alive[:, j1, None], folded)
-            S = torch.where((alive[:, j0] == alive[:, j1])[:, None, None, None], S, 0)
+        if groups is not None:
+            folded = select(groups.k[:, j0:j1] == groups.alive[:, j1, None], folded)
+            S = torch.where((groups.alive[:, j0] == groups.alive[:, j1])[:, None, None, None], S, 0)
         S = S + torch.einsum("bhjf,bhjd->bhfd", folded, v[:, :, j0:j1])
     return torch.cat(outs, 2).permute(0, 2, 1, 3, 4).reshape(B, T, Hq, Dv), S
 

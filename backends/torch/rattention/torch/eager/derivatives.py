@@ -22,7 +22,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 def pullback(f: Function, primals: Sequence[Optional], cotangents: Sequence[Optional]) -> tuple[Optional, ...]:
     """Cotangents of the outputs of `f` at `primals`, pulled back to the primals. None for a primal that is None."""
     g, present = _present(f, primals)
-    outputs, back = torch.func.vjp(g, *present)
+    outputs, back = _vjp(g, *present)
     found = iter(back(_filled(cotangents, outputs)))
     return tuple(None if x is None else next(found) for x in primals)
 
@@ -34,8 +34,8 @@ def pushforward(f: Function, primals: Sequence[Optional], tangents: Sequence[Opt
     this works wherever reverse mode does, inside a forward mode of the caller too.
     """
     g, present = _present(f, primals)
-    outputs, back = torch.func.vjp(g, *present)
-    _, forward = torch.func.vjp(lambda *d: back(d), *(torch.zeros_like(x) for x in outputs))
+    outputs, back = _vjp(g, *present)
+    _, forward = _vjp(lambda *d: back(d), *(torch.zeros_like(x) for x in outputs))
     return forward(_filled([t for x, t in zip(primals, tangents, strict=True) if x is not None], present))
 
 
@@ -43,6 +43,11 @@ def pullback_of(f: Function, outputs: int) -> Function:
     """The pullback of `f` as a function of its own: first the cotangents of the outputs, then the primals. It returns
     the gradients of the primals that are there."""
     return lambda *args: tuple(x for x in pullback(f, args[outputs:], args[:outputs]) if x is not None)
+
+
+def _vjp(f: Function, *primals: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]:
+    outputs, back, *_ = torch.func.vjp(f, *primals)
+    return outputs, back
 
 
 def _present(f: Function, primals: Sequence[Optional]) -> tuple[Function, list[Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from rattention.torch.eager.scan import Groups
+from rattention.torch.eager.groups import Groups
 from torch import Tensor
 
 

@@ -17,10 +17,11 @@ from rattention.torch.eager import composed
 from rattention.torch.eager.band import fill_band, fill_band_backward
 from rattention.torch.eager.batching import merge_into_batch
 from rattention.torch.eager.chunks import TILE, scan_chunk, spans
+from rattention.torch.eager.groups import Groups, groups_of
 from rattention.torch.eager.kernel import Kernel
 from rattention.torch.eager.maps import features
 from rattention.torch.eager.mix import fill_mix, fill_mix_backward
-from rattention.torch.eager.scan import Groups, fill_scan, fill_scan_backward, groups_of, new_states
+from rattention.torch.eager.scan import fill_scan, fill_scan_backward, new_states
 from rattention.torch.tangents import refuse_tangents
 from torch import Tensor
 
@@ -93,7 +94,9 @@ def _scan_groups(x: Inputs, at: _Segment) -> Groups | None:
     return groups_of(_tokens(x.scan_q, at.t), _tokens(x.scan_k, at.scan), _tokens(x.alive, states))
 
 
-def _band_args(x: Inputs, at: _Segment) -> tuple[Tensor | None, ...]:
+def _band_args(
+    x: Inputs, at: _Segment
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     tokens = x.q[:, at.t], x.k[:, :, at.band], x.v[:, :, at.band]
     return *tokens, _tokens(x.cos, at.t), _tokens(x.sin, at.t), _tokens(x.band_q, at.t), _tokens(x.band_k, at.band)
 

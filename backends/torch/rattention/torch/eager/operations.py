@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from rattention.torch.eager.branches import Linear, Pair, Softmax, both_branches, linear_branch, softmax_branch
 from rattention.torch.eager.documents import Documents, documents, lagging
+from rattention.torch.eager.groups import Groups
 from rattention.torch.eager.layout import compute_dtype, keep
 from rattention.torch.eager.maps import phi, rotary_table, table_rows
 from rattention.torch.eager.mix import mix
-from rattention.torch.eager.scan import Groups
 from torch import Tensor
 
 

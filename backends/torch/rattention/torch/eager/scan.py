@@ -16,24 +16,15 @@ of document the state restarts (SEG-2). A key whose `group_k` is negative is rea
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from rattention.torch.eager import composed
 from rattention.torch.eager.batching import Block, blocks, flat, merge_into_batch, put_rows, rows
 from rattention.torch.eager.chunks import full_precision, heads_at_once, scan_chunk, spans
+from rattention.torch.eager.groups import Groups, groups_of
 from rattention.torch.eager.kernel import Kernel
 from rattention.torch.eager.maps import features, phi, phi_backward
 from rattention.torch.tangents import refuse_tangents
 from torch import Tensor
-
-
-class Groups(NamedTuple):
-    """Documents of queries `[B, T]`, of keys `[B, J]`, and of the state before key j `[B, J + 1]`."""
-
-    q: Tensor
-    k: Tensor
-    alive: Tensor
 
 
 def linear_scan(
@@ -126,11 +117,6 @@ class _Chunks:
         same = self.groups.alive[at.b, j.start] == self.groups.alive[at.b, j.stop]
         shaped = state.view(same.shape[0], -1, *state.shape[1:])
         return torch.where(same[:, None, None, None], shaped, 0).view(state.shape)
-
-
-def groups_of(q: Tensor | None, k: Tensor | None, alive: Tensor | None) -> Groups | None:
-    """The three, or None where there are none."""
-    return None if q is None or k is None or alive is None else Groups(q, k, alive)
 
 
 def fill_scan(
