@@ -10,9 +10,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from rattention.spec import Call, SpecError, Unsupported, validate
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -21,6 +23,12 @@ EXTRA_DTYPES = ("float64",)
 """Storage dtypes of the public functions beyond the specification's: for gradient checks."""
 
 PRECISIONS = (None, "float32", "tf32")
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8, torch.bool)
+"""Dtypes of tensors whose values are looked at; validation refuses all but the first by name."""
+
+LONGEST = 2**31 - 1
+"""No sequence is longer, since lengths and positions are int32. A window beyond it is as good as it."""
 
 
 def check(
@@ -33,18 +41,19 @@ def check(
 
     Raises:
         SpecError: naming the argument, what was expected and what came.
-        Unsupported: a DTensor; or `check_values` for a tensor whose values cannot be read.
+        Unsupported: a DTensor; a rotary table that asks for a gradient; or `check_values` for a tensor whose values
+            cannot be read.
     """
     given = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     for name, t in given.items():
         refuse_exotic(operation, name, t)
-    integers = {name: t for name, t in given.items() if not t.dtype.is_floating_point}
+    integers = {name: t for name, t in given.items() if t.dtype in INTEGERS}
     read = {name: t for name, t in integers.items() if on_host(t) or (check_values and has_values(t))}
     call = validate(
         operation,
         tensors,
         {name: number(value) for name, value in attributes.items()},
-        host={name: t.cpu().numpy() for name, t in read.items()},
+        host={name: values(t) for name, t in read.items()},
         extra_dtypes=EXTRA_DTYPES,
         array=("a torch.Tensor", Tensor),
         devices={name: str(t.device) for name, t in given.items()},
@@ -52,7 +61,23 @@ def check(
     unread = next((name for name in integers if name not in read), None)
     if check_values and unread is not None:
         raise Unsupported(f"check_values=True needs the values of {unread}, which is traced or has none")
+    refuse_gradients_of_constants(call, given)
+    if call.attributes.get("window") is not None:
+        call.attributes["window"] = min(call.attributes["window"], LONGEST)
     return call
+
+
+def refuse_gradients_of_constants(call: Call, given: Mapping[str, Tensor]) -> None:
+    """Refuse a rotary table that asks for a gradient: it is a constant of the call, and no gradient would come."""
+    for spec in call.operation.tensors:
+        t = given.get(spec.name)
+        if t is None or spec.differentiable or not t.dtype.is_floating_point:
+            continue
+        if (t.requires_grad and torch.is_grad_enabled()) or forward_ad.unpack_dual(t).tangent is not None:
+            raise Unsupported(
+                f"{call.operation.name}: {spec.name} asks for a gradient, and rotary tables are constants of a call: "
+                "detach it"
+            )
 
 
 def refuse_exotic(operation: str, name: str, t: Tensor) -> None:
@@ -90,10 +115,22 @@ def reduced(precision: str | None) -> bool:
 
 
 def plain(t: Tensor) -> bool:
-    """A tensor of its own: not a subclass such as FakeTensor, and no transformation is at work."""
-    if torch.compiler.is_compiling():
+    """A tensor with elements of its own: none that a transformation wraps or traces, and no FakeTensor or DTensor.
+
+    A subclass that leaves dispatch alone, such as `nn.Parameter`, is plain. So is a tensor that a function under
+    `torch.func` closes over.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    return type(t) is Tensor and not torch._C._are_functorch_transforms_active()
+    hook = "__torch_dispatch__"  # by name: type checkers would bind it to the class
+    own = getattr(type(t), hook) is getattr(Tensor, hook)
+    return own and not is_functorch_wrapped_tensor(t)
+
+
+def values(t: Tensor) -> np.ndarray:
+    """The values of a plain integer tensor. A transformation that is at work must not see them being read."""
+    with torch._C._DisableFuncTorch():
+        return t.detach().as_subclass(Tensor).cpu().numpy()
 
 
 def has_values(t: Tensor) -> bool:
