@@ -11,7 +11,13 @@ from collections.abc import Iterable
 import torch
 from rattention.spec import Unsupported
 from torch import Tensor
-from torch._C import _functorch
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_current_level,
+    maybe_get_level,
+)
 
 
 class Moment:
@@ -21,7 +27,10 @@ class Moment:
         self._backward, self._level = _backward(), _level()
 
     def refuse_backward(self) -> None:
-        """Refuse a write inside of a backward pass, unless it is the one of this moment."""
+        """Refuse a write inside of a backward pass, unless it is the one of this moment.
+
+        A compiled graph cannot ask where it runs. There the check is left out.
+        """
         if _backward() not in (-1, self._backward):
             raise Unsupported(
                 "RAttention: cache: a call inside of a backward pass, as activation checkpointing makes it to run the "
@@ -41,10 +50,10 @@ class Moment:
             )
 
     def _is_batched_later(self, t: Tensor) -> bool:
-        while _functorch.is_functorch_wrapped_tensor(t):
-            if _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) > self._level:
+        while is_functorch_wrapped_tensor(t):
+            if is_batchedtensor(t) and maybe_get_level(t) > self._level:
                 return True
-            t = _functorch.get_unwrapped(t)
+            t = get_unwrapped(t)
         return False
 
 
@@ -55,4 +64,4 @@ def _backward() -> int:
 
 def _level() -> int:
     """How many transformations of `torch.func` are at work."""
-    return 0 if torch.compiler.is_compiling() else _functorch.maybe_current_level() or 0
+    return 0 if torch.compiler.is_compiling() else maybe_current_level() or 0
