@@ -251,6 +251,7 @@ def test_a_copy_of_a_cache_is_its_own(monkeypatch):
         np.array([0, 1, 1], np.uint8),
         list(torch.tensor([0, 1, 1], dtype=torch.uint8)),
         np.uint8(1),
+        bytearray(b"\0\1\1"),
         {1: True},
         {1},
         {1: 2}.keys(),

@@ -224,7 +224,7 @@ def _kind(rows: Any) -> str:
 def _mask(rows: Any, batch: int) -> list[bool]:
     """Which of the `batch` rows are meant."""
     wrong = TypeError(f"reset: rows: expected indices or a bool mask [B={batch}], got {_kind(rows)}")
-    if isinstance(rows, np.ma.MaskedArray | str | bytes | bool | np.bool_ | Mapping | Set):
+    if isinstance(rows, np.ma.MaskedArray | str | bytes | bytearray | memoryview | bool | np.bool_ | Mapping | Set):
         raise wrong
     # PyTorch once had masks of uint8. As indices they would mean rows 0 and 1.
     if getattr(rows, "dtype", None) in (torch.uint8, np.uint8):
