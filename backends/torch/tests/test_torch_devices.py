@@ -99,7 +99,8 @@ def test_a_layer_and_its_input_on_two_devices():
     x = torch.randn(2, 5, 16)
     for model, given in ((layer(device="meta"), x), (layer(), x.to("meta"))):
         for call in calls_of(model, given):
-            with pytest.raises(SpecError, match=r"RAttention: swa_weight: expected device .*, that of x, got .*ERR-15"):
+            expected = r"RAttention: x: expected device \w+, that of all parameters, got \w+ \(ERR-15\)"
+            with pytest.raises(SpecError, match=expected):
                 call()
 
 
@@ -114,7 +115,7 @@ def test_a_cache_ids_positions_and_counts_on_another_device():
             model(x, **{name: tokens}, max_position=4)
     with pytest.raises(SpecError, match=r"lengths: expected device cpu, that of q, got meta \(ERR-15\)"):
         model.prefill(x, model.new_cache(2), lengths=counts)
-    with pytest.raises(SpecError, match=r"lengths: expected device cpu, that of q, got meta \(ERR-15\)"):
+    with pytest.raises(SpecError, match=r"active: expected device cpu, that of x, got meta \(ERR-15\)"):
         model.step(x[:, 0], model.new_cache(2), active=counts)
 
 

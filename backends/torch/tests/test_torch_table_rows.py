@@ -239,11 +239,30 @@ def test_a_layer_refuses_to_guess_where_positions_cannot_be_read(how):
     assert short[0].isnan().any(1).tolist() == [False, False, False, True, True, True]
 
 
-@pytest.mark.parametrize("wrong", [-1, True])
-def test_max_position_is_a_position(wrong):
-    at = torch.zeros(1, 6, dtype=torch.int32)
-    with pytest.raises(ValueError, match="max_position: expected an int >= 0"):
-        layer()(torch.randn(1, 6, 16), positions=at, max_position=wrong)
+@pytest.mark.parametrize(
+    ("positions", "text"),
+    [
+        (torch.zeros(2, 10, dtype=torch.int64), r"dtype int32, got int64 \(ERR-4\)"),
+        (torch.zeros(2, 10), r"dtype int32, got float32 \(ERR-4\)"),
+        (torch.zeros(10, dtype=torch.int32), r"shape \[B=2, T=10\], got \[10\] \(ERR-2\)"),
+        (torch.zeros(2, 9, dtype=torch.int32), r"shape \[B=2, T=10\], got \[2, 9\] \(ERR-3\)"),
+        (
+            torch.full((2, 10), 2**31 - 1, dtype=torch.int32),
+            r"positions below 134217728, for the table, got 2147483647",
+        ),
+    ],
+)
+def test_positions_are_looked_at_before_they_size_a_table(positions, text):
+    with pytest.raises(SpecError, match=rf"^RAttention: positions: expected {text}"):
+        layer()(torch.randn(2, 10, 16), positions=positions)
+
+
+@pytest.mark.parametrize("wrong", [True, 5.0, "5", [5], -1, 2**27, 10**30, torch.tensor(5.0)])
+def test_a_largest_position_that_is_none_is_refused(wrong):
+    at = torch.zeros(2, 10, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"max_position: expected an? (int|position)"):
+        layer()(torch.randn(2, 10, 16), positions=at, max_position=wrong)
+    assert layer()(torch.randn(2, 10, 16), positions=at, max_position=torch.tensor(5)).shape == (2, 10, 16)
 
 
 def test_a_changed_base_makes_a_new_table():

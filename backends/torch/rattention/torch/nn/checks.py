@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from rattention.spec import SpecError, Unsupported, validate
 from rattention.torch.arguments import is_dtensor, is_empty_shell, number, on_host, refuse_exotic
+from rattention.torch.cache import as_int
 from rattention.torch.dispatch import check_name
 from torch import Tensor, nn
 
 LAYER = "RAttention"
 
+TAKE_X = frozenset(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+"""The parameters that meet `x` itself."""
+
+MOST_ROWS = 2**27
+"""More rows than a rotary table can sensibly have: at head_dim 128 it would take 64 GiB."""
+
 
 def size(name: str, value: Any) -> int:
     """`value` as an int >= 1."""
-    try:
-        count = 0 if isinstance(value, bool | Tensor) else operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
+    count = as_int(value)
+    if count is None or count < 1:
         raise SpecError(LAYER, name, "an int >= 1", repr(value), "ERR-5")
     return count
 
@@ -87,13 +90,29 @@ def hidden_states(x: Any, axes: tuple[str, ...], hidden_size: int) -> None:
     if x is None:
         raise SpecError(LAYER, "x", "a torch.Tensor", "none", "ERR-14")
     tensor("x", x)
+    if not x.dtype.is_floating_point:
+        raise SpecError(LAYER, "x", "a floating dtype", str(x.dtype).removeprefix("torch."), "ERR-4")
     if x.ndim != len(axes) or x.shape[-1] != hidden_size:
         shape = ", ".join((*axes[:-1], f"{axes[-1]}={hidden_size}"))
         raise SpecError(LAYER, "x", f"shape [{shape}]", str(list(x.shape)), "ERR-3")
 
 
+def mask(name: str, value: Any, x: Tensor) -> None:
+    """Refuse what is no tensor of bools or integers `[B]` beside `x`. None passes."""
+    tensor(name, value)
+    if value is None:
+        return
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        raise SpecError(LAYER, name, "bools or integers [B]", str(value.dtype).removeprefix("torch."), "ERR-4")
+    if value.shape != x.shape[:1]:
+        raise SpecError(LAYER, name, f"shape [B={x.shape[0]}]", str(list(value.shape)), "ERR-3")
+    if value.device != x.device:
+        raise SpecError(LAYER, name, f"device {x.device}, that of x", str(value.device), "ERR-15")
+
+
 def parameters_beside(layer: nn.Module, x: Tensor) -> None:
-    """Refuse parameters that are not where `x` is (ERR-15), such as those that a partial load left on meta.
+    """Refuse parameters that are not where `x` is (ERR-15), such as those that a partial load left on meta, and an `x`
+    of another dtype than projections which take it as it is (ERR-4). If all parameters are in one place, `x` is odd.
 
     A product of a tensor on the CPU and a weight on meta gives memory that nobody wrote, without an error. Submodules
     of other classes than PyTorch's, and those with hooks, may place their parameters when they run: they look for
@@ -101,6 +120,8 @@ def parameters_beside(layer: nn.Module, x: Tensor) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    elsewhere: tuple[str, torch.device] | None = None
+    places: set[torch.device] = set()
     for path, module in layer.named_modules():
         if module is not layer and not _reads_its_parameters_as_they_are(module):
             continue
@@ -112,7 +133,23 @@ def parameters_beside(layer: nn.Module, x: Tensor) -> None:
                     "Other shardings need local tensors"
                 )
             if parameter.device != x.device:
-                raise SpecError(LAYER, name, f"device {x.device}, that of x", str(parameter.device), "ERR-15")
+                elsewhere = elsewhere or (name, parameter.device)
+            elif name in TAKE_X and parameter.dtype != x.dtype and _casts_nothing(parameter, x):
+                expected, got = (str(t.dtype).removeprefix("torch.") for t in (parameter, x))
+                raise SpecError(LAYER, "x", f"dtype {expected}, that of {name}", got, "ERR-4")
+            places.add(parameter.device)
+    if elsewhere and len(places) == 1:
+        raise SpecError(LAYER, "x", f"device {places.pop()}, that of all parameters", str(x.device), "ERR-15")
+    if elsewhere:
+        name, device = elsewhere
+        raise SpecError(LAYER, name, f"device {x.device}, that of x", str(device), "ERR-15")
+
+
+def _casts_nothing(weight: Tensor, x: Tensor) -> bool:
+    """Whether a product of `x` and `weight` needs them in one dtype. Quantised weights are classes of their own."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not autocast
 
 
 def _reads_its_parameters_as_they_are(module: nn.Module) -> bool:
@@ -120,23 +157,40 @@ def _reads_its_parameters_as_they_are(module: nn.Module) -> bool:
     return plain and not module._forward_pre_hooks
 
 
-def table_rows(T: int, positions: Tensor | None, segment_ids: Tensor | None, max_position: int | None) -> int:
+def table_rows(x: Tensor, positions: Tensor | None, segment_ids: Tensor | None, max_position: int | None) -> int:
     """How many rows the rotary table of a call needs.
 
     Raises:
-        ValueError: `positions` cannot be read at no cost, and there is no `max_position`.
+        SpecError: `positions` are not `[B, T]` int32 (ERR-2 .. ERR-4), or so large that no table could hold them.
+        ValueError: `max_position` is no int >= 0, or too large; or `positions` cannot be read at no cost, and there is
+            no `max_position`.
     """
-    if max_position is not None and (isinstance(max_position, bool) or operator.index(max_position) < 0):
-        raise ValueError(f"max_position: expected an int >= 0, got {max_position!r}")
+    bound = None
+    if max_position is not None:
+        bound = as_int(number(max_position))
+        if bound is None or bound < 0:
+            raise ValueError(f"max_position: expected an int >= 0, got {max_position!r}")
+        if bound >= MOST_ROWS:
+            raise ValueError(f"max_position: expected a position below {MOST_ROWS}, got {bound}")
+    B, T = x.shape[:2]
     if positions is None:
         return T
-    rows = 0 if max_position is None else max_position + 1
+    if positions.dtype != torch.int32:
+        dtype = str(positions.dtype).removeprefix("torch.")
+        raise SpecError(LAYER, "positions", "dtype int32", dtype, "ERR-4")
+    if positions.shape != (B, T):
+        clause = "ERR-3" if positions.ndim == 2 else "ERR-2"
+        raise SpecError(LAYER, "positions", f"shape [B={B}, T={T}]", str(list(positions.shape)), clause)
+    rows = 0 if bound is None else bound + 1
     if on_host(positions) and (segment_ids is None or on_host(segment_ids)):
         live = positions
         if segment_ids is not None and segment_ids.shape == positions.shape:
             live = positions[segment_ids != 0]
-        return max(rows, int(live.max()) + 1 if live.numel() else 0)
-    if max_position is None and not is_empty_shell(positions):
+        largest = int(live.max()) if live.numel() else -1
+        if largest >= MOST_ROWS:
+            raise SpecError(LAYER, "positions", f"positions below {MOST_ROWS}, for the table", str(largest), "ERR-9")
+        return max(rows, largest + 1)
+    if bound is None and not is_empty_shell(positions):
         raise ValueError(
             "max_position: expected the largest of positions, for the rotary table, got None: "
             f"positions on {positions.device} are read neither from a device nor while they are traced"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from rattention.spec import SpecError
 from rattention.torch.arguments import is_empty_shell, plain
-from rattention.torch.cache import Cache
+from rattention.torch.cache import Cache, storage_dtype
 from rattention.torch.functions import rattention, rattention_extend, rope_table
 from rattention.torch.nn import checks
 from rattention.torch.nn.cache import GenerationCache
@@ -76,6 +76,8 @@ class RAttention(nn.Module):
             num_heads, num_kv_heads, head_dim, window, feature_map, eps, rope_theta, impl
         )
         self.impl = impl
+        if dtype is not None:
+            storage_dtype(checks.LAYER, dtype)
         where = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **where)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias, **where)
@@ -131,7 +133,7 @@ class RAttention(nn.Module):
         q, k, v = self._project(x)
         rotary = {}
         if self.rope_theta is not None:
-            needed = checks.table_rows(x.shape[1], positions, segment_ids, max_position)
+            needed = checks.table_rows(x, positions, segment_ids, max_position)
             rotary = self._rotary(needed, x.device, keep=not is_empty_shell(x))
         out = rattention(
             q,
@@ -158,6 +160,9 @@ class RAttention(nn.Module):
             dtype: storage dtype, which the cache then keeps. By default it is that of autocast or else of the gains,
                 and the first call changes it to that of q, k and v: they may come from quantised projections.
             device: that of the gains unless given.
+
+        Raises:
+            SpecError: `batch` is no int >= 0 (ERR-5), or `dtype` no storage dtype (ERR-4).
         """
         gain = self.swa_weight
         where = gain.device if device is None else torch.device(device)
@@ -182,6 +187,8 @@ class RAttention(nn.Module):
         Raises:
             SpecError: a call that breaks the specification, parameters or a cache on another device than `x` (ERR-15),
                 or a cache that holds another storage dtype than this call computes in (ERR-4).
+            Unsupported: a call inside of a backward pass, as activation checkpointing makes it; a cache from outside of
+                `vmap`; a cache from inference mode where gradients are needed. The cache stays as it was.
         """
         checks.hidden_states(x, ("B", "T", "hidden"), self.hidden_size)
         checks.tensor("lengths", lengths)
@@ -189,7 +196,10 @@ class RAttention(nn.Module):
             got = type(cache).__qualname__
             raise SpecError(checks.LAYER, "cache", "a GenerationCache, as new_cache makes it", got, "ERR-14")
         checks.parameters_beside(self, x)
+        cache.refuse_recomputation()
         q, k, v = self._project(x)
+        weights = self._weights(q.dtype)
+        cache.refuse_gradients(q, k, v, *weights.values())
         cache.adopt(q)
         rotary = {}
         if self.rope_theta is not None:
@@ -203,23 +213,21 @@ class RAttention(nn.Module):
             v,
             cache=cache.tensors,
             lengths=lengths,
-            **self._weights(q.dtype),
+            **weights,
             **rotary,
             window=self.window,
             feature_map=self.feature_map,
             eps=self.eps,
             impl=self.impl,
         )
-        cache.update(after, x.shape[1], ragged=lengths is not None)
-        return self.o_proj(out.flatten(2))
+        y = self.o_proj(out.flatten(2))  # before the update: if it fails, the cache has not moved
+        cache.update(after, x.shape[1], ragged=lengths is not None, grows=self.window is None)
+        return y
 
     def step(self, x: Tensor, cache: GenerationCache, *, active: Tensor | None = None) -> Tensor:
         """One token per row: `x [B, hidden]` -> `[B, hidden]`. Rows where `active [B]` is false or 0 wait."""
         checks.hidden_states(x, ("B", "hidden"), self.hidden_size)
-        checks.tensor("active", active)
-        if active is not None and active.dtype.is_floating_point:
-            dtype = str(active.dtype).removeprefix("torch.")
-            raise SpecError(checks.LAYER, "active", "bools or integers [B]", dtype, "ERR-4")
+        checks.mask("active", active, x)
         lengths = None if active is None else (active != 0).to(torch.int32)
         return self.prefill(x[:, None], cache, lengths=lengths)[:, 0]
 
@@ -228,8 +236,7 @@ class RAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.value_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q.to(self.q_norm.weight.dtype)), self.k_norm(k.to(self.k_norm.weight.dtype))
+        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         # Under autocast the projections are 16-bit and the norms are not; quantised layers and adapters differ too.
         return q.to(v.dtype), k.to(v.dtype), v
 
@@ -257,6 +264,16 @@ class RAttention(nn.Module):
             if keep and plain(table[0]):
                 self._table = table
         return {"rope_cos": table[0], "rope_sin": table[1]}
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """`x` through a norm, in the dtype of its weight where it has a floating one."""
+    if norm is None:
+        return x
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = next(norm.parameters(), None)
+    return norm(x.to(weight.dtype) if weight is not None and weight.is_floating_point() else x)
 
 
 def _computes_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
