@@ -21,6 +21,7 @@ import jax
 import jax.core
 import numpy as np
 from rattention.jax import meshes, missing, xla
+from rattention.jax.constants import constants
 from rattention.spec import Call, SpecError, Unsupported, load, validate
 
 INTEGERS = ("positions", "segment_ids", "cache_length", "lengths")
@@ -98,6 +99,7 @@ def _program(
         return missing.run(lambda arrays: implementation.run(call, arrays, precision), call, arrays)
 
     call = validate(op, arrays, dict(static), extra_dtypes=_extra_dtypes())
+    arrays = constants(call.operation, arrays)
     if implementation is not xla:  # the compiler cannot partition a kernel
         return meshes.on_each_device(local, call, arrays)
     return meshes.without_explicit_axes(local, (arrays,), meshes.like_inputs(call, arrays))

@@ -59,9 +59,18 @@ def default_precision(storage: str) -> lax.Precision:
 
 
 def as_precision(precision: object, storage: str) -> lax.Precision:
-    """`precision=` of the public functions: None, a `jax.lax.Precision` or one of its names."""
+    """`precision=` of the public functions: None, a `jax.lax.Precision` or one of its names, in either case.
+
+    Raises:
+        ValueError: anything else.
+    """
     if precision is None:
         return default_precision(storage)
     if isinstance(precision, jax.lax.Precision):
         return precision
-    return lax.Precision(precision)
+    if isinstance(precision, str):
+        try:
+            return lax.Precision(precision.lower())
+        except ValueError:
+            pass
+    raise ValueError(f"precision: expected default, high, highest, a jax.lax.Precision, or None, got {precision!r}")
