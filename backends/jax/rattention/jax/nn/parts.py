@@ -67,6 +67,25 @@ def _normalise(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return without_explicit_axes(norm, (x, weight), Split(entries(x), x.shape))
 
 
+@jax.jit
+def without_padding(x: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None) -> jax.Array:
+    """`x [B, T, hidden]` with zeros in the tokens of id 0 or past `lengths [B]`.
+
+    Their outputs do not count, but they meet the weights of the projections: a NaN there would reach the gradient of
+    the weights, since 0 times NaN is NaN.
+    """
+
+    def select(x: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None) -> jax.Array:
+        if segment_ids is not None:
+            x = jnp.where((segment_ids != 0)[:, :, None], x, jnp.zeros((), x.dtype))
+        if lengths is not None:
+            real = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+            x = jnp.where(real[:, :, None], x, jnp.zeros((), x.dtype))
+        return x
+
+    return without_explicit_axes(select, (x, segment_ids, lengths), Split(entries(x), x.shape))
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def split_heads(x: jax.Array, heads: int, dim: int) -> jax.Array:
     """`[B, T, H * D]` to `[B, T, H, D]`."""

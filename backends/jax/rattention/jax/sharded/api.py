@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from rattention.jax import dispatch
+from rattention.jax import arguments, dispatch
 from rattention.jax.constants import constants
 from rattention.jax.missing import without_row
 from rattention.jax.sharded.sequence import documents, on_one_device, one_row
+from rattention.jax.xla.plan import named_precision
 from rattention.spec import Call, Unsupported
 
 BY_ROW = ("positions", "segment_ids")
@@ -63,10 +64,16 @@ def rattention(
         `out`, split by `spec`; with `return_final_state` the pair of it and the state, split by batch and heads.
 
     Raises:
-        SpecError: the call breaks a constraint of the specification.
+        TypeError: `mesh` is no mesh, or `spec` no PartitionSpec.
+        SpecError, ValueError: as `rattention.jax.rattention`.
         Unsupported: an axis that cannot be split so: D, sizes that the mesh does not divide, a sequence over several
             mesh axes, or one with window None (every token needs all others).
     """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {arguments.kind(mesh)}")
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"spec: expected a jax.sharding.PartitionSpec, got {arguments.kind(spec)}")
+    precision = named_precision(precision)
     tensors = {
         "q": q,
         "k": k,
