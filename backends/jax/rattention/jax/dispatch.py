@@ -83,7 +83,7 @@ def compute(
         rows_exist: every token is known to have a row in the rotary table; otherwise those without get NaN (ERR-16).
     """
     static = tuple(sorted(call.attributes.items()))
-    return _program(implementation, call.operation.name, static, precision, rows_exist, arrays)
+    return _program(implementation, call.operation.name, static, precision, rows_exist, meshes.together(arrays))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

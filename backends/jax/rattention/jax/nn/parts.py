@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rattention.jax.meshes import Split, entries, without_explicit_axes
+from rattention.jax.meshes import Split, entries, together, without_explicit_axes
 from rattention.jax.xla.parts import per_channel, wide
 
 
@@ -30,7 +30,7 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x: Any) -> jax.Array:
-        return _project(x, self.weight[...], None if self.bias is None else self.bias[...])
+        return _project(*together((x, self.weight[...], None if self.bias is None else self.bias[...])))
 
 
 class HeadNorm(nnx.Module):
@@ -41,7 +41,7 @@ class HeadNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _normalise(x, self.weight[...], self.eps)
+        return _normalise(*together((x, self.weight[...])), self.eps)
 
 
 @jax.jit
