@@ -82,7 +82,7 @@ def mask(name: str, given: Any, batch: int) -> jax.Array:
         ValueError: another shape.
     """
     if not isinstance(given, ARRAYS) or isinstance(given, np.ma.MaskedArray) or given.dtype != np.bool_:
-        got = f"dtype {given.dtype}" if isinstance(given, ARRAYS) else kind(given)
+        got = f"dtype {given.dtype}" if isinstance(given, ARRAYS) else type(given).__qualname__
         raise TypeError(f"{name}: expected an array [B={batch}] of bools, got {got}")
     if given.shape != (batch,):
         raise ValueError(f"{name}: expected shape [B={batch}], got {list(given.shape)}")
