@@ -21,14 +21,14 @@ HIDDEN = 8
 rng = np.random.default_rng(5)
 
 
-def drawn(tokens: int) -> dict[str, jax.Array]:
+def drawn(tokens: int) -> dict[str, Any]:
     heads = {"q": HQ, "k": HKV, "v": HKV}
     made = {name: rng.standard_normal((B, tokens, h, D)) for name, h in heads.items()}
     made |= {name: 1 + 0.3 * rng.standard_normal((HQ, D)) for name in ("swa_weight", "rla_weight")}
     return {name: jnp.asarray(x, jnp.float32) for name, x in made.items()}
 
 
-def table(tokens: int) -> dict[str, jax.Array]:
+def table(tokens: int) -> dict[str, Any]:
     return dict(zip(("rope_cos", "rope_sin"), rope_table(np.arange(tokens, dtype=np.int32), head_dim=D), strict=True))
 
 

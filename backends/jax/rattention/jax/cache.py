@@ -51,7 +51,7 @@ class Cache(NamedTuple):
         arguments.sizes(0, batch=batch)
         arguments.sizes(num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
         dtype = arguments.storage_dtype("dtype", dtype)
-        tensors = dict.fromkeys(("q", "k", "v"), jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32))
+        tensors: dict[str, Any] = dict.fromkeys(("q", "k", "v"), jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32))
         attributes = {"window": window, "feature_map": feature_map}
         window = validate("residual_linear_attention", tensors, attributes).attributes["window"]
         slots = max(window or 0, 0)
