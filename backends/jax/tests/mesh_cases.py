@@ -199,7 +199,44 @@ def split_sequences() -> dict[str, float]:
     return report
 
 
+def mixed() -> dict[str, float]:
+    """Eager gradients where some arguments are on explicit axes and others nowhere; they add up with what is there.
+
+    Also a split sequence over a mesh of both kinds of axes.
+    """
+    report = {}
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    op, tensors, attrs = settings.drawn("everything", "float32", "float32")
+    moving, fixed = settings.parted(tensors)
+
+    def loss(moving: dict[str, Any]) -> Any:
+        return sum(jnp.sum(jnp.sin(x)) for x in run(op, attrs)(moving | fixed).values())
+
+    layer = RAttention(24, 4, 2, 8, window=5, qk_norm=True, bias=True, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jnp.ones((2, 20, 24))
+
+    def train(state: Any) -> Any:
+        return jnp.sum(jnp.sin(nnx.merge(graph, state)(x)))
+
+    expected = jax.jit(jax.grad(loss))(moving), jax.jit(jax.grad(train))(state)
+    with jax.set_mesh(mesh):
+        placed = {n: jax.device_put(moving[n], NamedSharding(mesh, PartitionSpec("x"))) if n == "q" else moving[n]
+                  for n in moving}  # fmt: skip
+        found = jax.grad(loss)(placed), jax.grad(train)(state)
+        used = jax.tree.map(lambda g: jnp.abs(g) * jnp.sign(g) + jnp.zeros(g.shape), found)
+    report["mixed, functions"] = worst(used[0], expected[0])
+    report["mixed, layer"] = worst(jax.tree.leaves(used[1]), jax.tree.leaves(expected[1]))
+
+    both = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    op, tensors, attrs = settings.drawn("scan", "float32", "float32")
+    split = jax.jit(lambda t: sharded.rattention(**t, **attrs, mesh=both, spec=PartitionSpec(("data",), "sequence")))
+    report["sharded, both kinds of axes"] = worst(split(tensors), run(op, attrs)(tensors)["out"])
+    return report
+
+
 PARTS = {"functions": functions, "places": places, "training": training, "layers": layers, "sequences": split_sequences}
+PARTS["mixed"] = mixed
 
 
 if __name__ == "__main__":

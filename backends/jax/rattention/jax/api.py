@@ -6,14 +6,16 @@ devices (ERR-15). Attributes are Python values, part of the compiled program: a 
 Common to all:
 
     impl: "xla", "pallas", or None, which takes Pallas on a TPU for the calls it supports and XLA elsewhere.
-    precision: of the matrix products, as in `jax.lax.Precision`. None keeps the promise of the specification: true
-        float32 for float32 inputs, operands rounded to storage at most for 16-bit ones.
+    precision: of the matrix products, a `jax.lax.Precision` or its name. None keeps the promise of the specification:
+        true float32 for float32 inputs, operands rounded to storage at most for 16-bit ones.
     check_values: also check the values of integer tensors that live on an accelerator, at the price of a transfer;
         those of NumPy arrays and of concrete arrays on the CPU are always checked. Where values are not looked at, a
         real token without a row in the rotary table gets NaN (ERR-16).
 
-They raise `rattention.spec.SpecError` for an invalid call and `rattention.spec.Unsupported` for a valid one that the
-chosen implementation lacks.
+A rotary table is a constant: a gradient with respect to it is refused (`Unsupported`).
+
+They raise `rattention.spec.SpecError` for an invalid call, `ValueError` for a precision that there is not, and
+`rattention.spec.Unsupported` for a valid call that the chosen implementation lacks.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from rattention.jax import dispatch
+from rattention.jax import arguments, dispatch
 from rattention.jax.cache import Cache
+from rattention.spec import SpecError
 
 
 def rattention(
@@ -132,6 +135,8 @@ def rattention_extend(
     Returns:
         `out [B, T, Hq, Dv]`, 0 past lengths, and the new cache.
     """
+    if not isinstance(cache, Cache):
+        raise SpecError("rattention_extend", "cache", "a rattention.jax.Cache", arguments.kind(cache), "ERR-14")
     outputs = dispatch.run(
         "rattention_extend",
         {

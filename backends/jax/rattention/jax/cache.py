@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from rattention.jax import arguments
 from rattention.jax.xla.parts import wide_dtype
+from rattention.spec import validate
 
 
 class Cache(NamedTuple):
@@ -39,11 +41,21 @@ class Cache(NamedTuple):
         feature_map: str = "softmax",
         dtype: Any = jnp.float32,
     ) -> Cache:
-        """A cache that has seen no token."""
+        """A cache that has seen no token.
+
+        Raises:
+            ValueError: a size that is no int >= 1 (a batch >= 0), or a dtype that no call can have; it is named.
+            SpecError: window or feature_map out of its domain (ERR-5).
+        """
         value_dim = head_dim if value_dim is None else value_dim
+        arguments.sizes(0, batch=batch)
+        arguments.sizes(num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+        dtype = arguments.storage_dtype("dtype", dtype)
+        tensors: dict[str, Any] = dict.fromkeys(("q", "k", "v"), jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32))
+        attributes = {"window": window, "feature_map": feature_map}
+        window = validate("residual_linear_attention", tensors, attributes).attributes["window"]
         slots = max(window or 0, 0)
         features = head_dim if feature_map == "identity" else 2 * head_dim
-        dtype = jnp.dtype(dtype)
         return _empty(batch, slots, num_kv_heads, head_dim, value_dim, features, dtype)
 
 

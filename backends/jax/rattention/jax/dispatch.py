@@ -21,6 +21,8 @@ import jax
 import jax.core
 import numpy as np
 from rattention.jax import meshes, missing, xla
+from rattention.jax.constants import constants
+from rattention.jax.xla.plan import named_precision
 from rattention.spec import Call, SpecError, Unsupported, load, validate
 
 INTEGERS = ("positions", "segment_ids", "cache_length", "lengths")
@@ -42,7 +44,9 @@ def run(
     Raises:
         SpecError: the call breaks a constraint of the specification.
         Unsupported: `impl="pallas"` and the kernels lack this call, or `check_values` with traced integers.
+        ValueError: `precision` is none.
     """
+    precision = named_precision(precision)
     call, arrays, seen = check(op, tensors, attrs, check_values=check_values)
     return compute(choose(call, arrays, impl, precision), call, arrays, precision, seen)
 
@@ -51,7 +55,7 @@ def check(
     op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any], *, check_values: bool = False
 ) -> tuple[Call, dict[str, jax.Array], bool]:
     """The validated call, its tensors as JAX arrays, and whether the values of all its integers were looked at."""
-    given = {name: _unwrapped(t) for name, t in tensors.items() if t is not None}
+    given = {name: unwrapped(t) for name, t in tensors.items() if t is not None}
     plain = {name: _plain(op, name, value) for name, value in attrs.items()}
     readable = {name: t for name, t in given.items() if name in INTEGERS and isinstance(t, ARRAYS)}
     host = _host(readable, check_values)
@@ -60,7 +64,7 @@ def check(
         given,
         plain,
         host=host,
-        extra_dtypes=_extra_dtypes(),
+        extra_dtypes=extra_dtypes(),
         array=("a jax.Array or numpy.ndarray", ARRAYS),
         devices=_devices(given),
     )
@@ -79,7 +83,7 @@ def compute(
         rows_exist: every token is known to have a row in the rotary table; otherwise those without get NaN (ERR-16).
     """
     static = tuple(sorted(call.attributes.items()))
-    return _program(implementation, call.operation.name, static, precision, rows_exist, arrays)
+    return _program(implementation, call.operation.name, static, precision, rows_exist, meshes.together(arrays))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -92,12 +96,13 @@ def _program(
     arrays: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
     def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        call = validate(op, arrays, dict(static), extra_dtypes=_extra_dtypes())
+        call = validate(op, arrays, dict(static), extra_dtypes=extra_dtypes())
         if rows_exist:
             return implementation.run(call, arrays, precision)
         return missing.run(lambda arrays: implementation.run(call, arrays, precision), call, arrays)
 
-    call = validate(op, arrays, dict(static), extra_dtypes=_extra_dtypes())
+    call = validate(op, arrays, dict(static), extra_dtypes=extra_dtypes())
+    arrays = constants(call.operation, arrays)
     if implementation is not xla:  # the compiler cannot partition a kernel
         return meshes.on_each_device(local, call, arrays)
     return meshes.without_explicit_axes(local, (arrays,), meshes.like_inputs(call, arrays))
@@ -124,11 +129,12 @@ def _pallas() -> Any:
     return importlib.import_module("rattention.jax.pallas")
 
 
-def _extra_dtypes() -> tuple[str, ...]:
+def extra_dtypes() -> tuple[str, ...]:
+    """Storage dtypes beside those of the specification."""
     return ("float64",) if jax.config.jax_enable_x64 else ()  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _unwrapped(t: Any) -> Any:
+def unwrapped(t: Any) -> Any:
     """The array of what holds one and says so, such as a flax.nnx.Param."""
     return t.__jax_array__() if not isinstance(t, ARRAYS) and hasattr(t, "__jax_array__") else t
 
@@ -139,7 +145,7 @@ def _plain(op: str, name: str, value: Any) -> Any:
     Raises:
         SpecError: it is traced. Attributes are part of the compiled program and have no gradient (ERR-5).
     """
-    value = _unwrapped(value)
+    value = unwrapped(value)
     if not isinstance(value, jax.Array):
         return value
     spec = load().operations[op].attribute.get(name)

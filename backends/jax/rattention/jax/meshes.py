@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rattention.spec import Call
@@ -66,6 +67,24 @@ def without_explicit_axes(run: Callable[..., Any], arrays: tuple[Any, ...], outp
         lambda x: NamedSharding(mesh, x.spec(mesh)), outputs, is_leaf=lambda x: isinstance(x, Split)
     )
     return jax.sharding.auto_axes(run, axes=axes, out_sharding=shardings)(*arrays)
+
+
+def together(arrays: Any) -> Any:
+    """The same arrays. If one is on explicit axes, those that nobody has put there are whole on each device.
+
+    A compiled program does so by itself, but it then gives back gradients of no mesh, which do not add up with others
+    where a mesh is set. So this is done before the program, where the derivative sees it.
+    """
+    mesh, axes = explicit_axes(arrays)
+    if not axes:
+        return arrays
+
+    def put(x: Any) -> Any:
+        if jax.typeof(x).sharding.mesh == mesh or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(put, arrays)
 
 
 class Split(NamedTuple):

@@ -67,7 +67,7 @@ def without_row(call: Call, tensors: Arrays) -> tuple[jax.Array, jax.Array] | No
     index = jnp.arange(T, dtype=jnp.int32)[None]
     first = jnp.zeros_like(positions) if where.segments is None else jnp.maximum(where.segments.order - 1, 0)
     if call.attributes["window"] is not None:
-        first = jnp.maximum(first, index - max(call.attributes["window"], 0))
+        first = jnp.maximum(first, index - min(max(call.attributes["window"], 0), T))
     touched = count[:, 1:] > jnp.take_along_axis(count, first, axis=1)
     return own, touched if where.live is None else touched & where.live
 

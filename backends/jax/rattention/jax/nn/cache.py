@@ -55,7 +55,10 @@ def _mask(rows: Any, batch: int) -> Any:
             raise TypeError(
                 "reset: rows: expected a traced bool mask, got traced indices, whose range cannot be checked"
             )
-        rows = np.array([jax.device_get(row) for row in rows]) if rows else np.array([], np.int64)
+        values = [np.asarray(jax.device_get(row)) for row in rows]
+        if len({value.dtype == np.bool_ for value in values}) > 1:  # NumPy would take a bool for the index 0 or 1
+            raise TypeError("reset: rows: expected indices or a bool mask, got a list of both")
+        rows = np.array(values) if rows else np.array([], np.int64)
     elif isinstance(rows, jax.Array) and not traced:
         rows = jax.device_get(rows)
     rows = rows if traced else np.asarray(rows)

@@ -8,20 +8,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from rattention.jax.dispatch import ARRAYS, choose, on_device
-from rattention.jax.xla.plan import as_precision
+from rattention.jax.arguments import kind
+from rattention.jax.cache import Cache
+from rattention.jax.dispatch import ARRAYS, choose, on_device, unwrapped
+from rattention.jax.nn.cache import GenerationCache
+from rattention.jax.xla.plan import named_precision
 from rattention.spec import validate
-
-
-def sizes(**given: Any) -> None:
-    """Positive ints.
-
-    Raises:
-        ValueError: one is not; the text names it.
-    """
-    for name, size in given.items():
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
-            raise ValueError(f"{name}: expected an int >= 1, got {size!r}")
 
 
 def options(
@@ -33,6 +25,7 @@ def options(
         ValueError: a combination of heads, or a precision, that there is not.
         SpecError: an attribute out of its domain (ERR-5), an odd head_dim with a rotary embedding.
     """
+    precision = named_precision(precision)
     if heads % kv_heads:
         raise ValueError(f"num_heads: expected a multiple of num_kv_heads={kv_heads}, got {heads}")
     shapes = {"q": (1, 1, heads, dim), "k": (1, 1, kv_heads, dim), "v": (1, 1, kv_heads, 1)}
@@ -44,7 +37,6 @@ def options(
         validate("rope_table", {"positions": positions}, {"head_dim": dim, "theta": theta})
     if impl != "pallas":
         choose(call, tensors, impl, precision)
-    as_precision(precision, "float32")
 
 
 def hidden_states(x: Any, *shape: str | int) -> jax.Array:
@@ -55,16 +47,31 @@ def hidden_states(x: Any, *shape: str | int) -> jax.Array:
         ValueError: another shape.
     """
     brackets = "[" + ", ".join(map(str, shape)) + "]"
-    if hasattr(x, "__jax_array__") and not isinstance(x, ARRAYS):
-        x = x.__jax_array__()
+    x = unwrapped(x)
     if not isinstance(x, ARRAYS) or isinstance(x, np.ma.MaskedArray):
-        kind = f"{type(x).__module__}.{type(x).__qualname__}"
-        raise TypeError(f"x: expected a jax.Array or numpy.ndarray {brackets}, got {kind}")
+        raise TypeError(f"x: expected a jax.Array or numpy.ndarray {brackets}, got {kind(x)}")
     if x.ndim != len(shape) or x.shape[-1] != shape[-1]:
         raise ValueError(f"x: expected shape {brackets}, got {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x: expected a floating-point dtype, got {x.dtype}")
     return on_device(x)
+
+
+def generation_cache(cache: Any, rotary: bool) -> None:
+    """`cache` can be one of a layer with (`rotary`) or without rotary embedding.
+
+    Raises:
+        TypeError: no GenerationCache.
+        ValueError: it has no rotary table for a layer that has one, or the other way round.
+    """
+    if not isinstance(cache, GenerationCache) or not isinstance(cache.tensors, Cache):
+        got = f"one of {kind(cache.tensors)}" if isinstance(cache, GenerationCache) else kind(cache)
+        raise TypeError(f"cache: expected a GenerationCache, from new_cache of this layer, got {got}")
+    found = [x is not None for x in (cache.rope_cos, cache.rope_sin)]
+    if found != [rotary, rotary]:
+        expected = "a rotary table" if rotary else "no rotary table: rope_theta is None"
+        got = "both halves" if all(found) else "one half of one" if any(found) else "none"
+        raise ValueError(f"cache: expected a GenerationCache, from new_cache of this layer, with {expected}, got {got}")
 
 
 def mask(name: str, given: Any, batch: int) -> jax.Array:
@@ -75,11 +82,19 @@ def mask(name: str, given: Any, batch: int) -> jax.Array:
         ValueError: another shape.
     """
     if not isinstance(given, ARRAYS) or isinstance(given, np.ma.MaskedArray) or given.dtype != np.bool_:
-        kind = f"dtype {given.dtype}" if isinstance(given, ARRAYS) else type(given).__qualname__
-        raise TypeError(f"{name}: expected an array [B={batch}] of bools, got {kind}")
+        got = f"dtype {given.dtype}" if isinstance(given, ARRAYS) else type(given).__qualname__
+        raise TypeError(f"{name}: expected an array [B={batch}] of bools, got {got}")
     if given.shape != (batch,):
         raise ValueError(f"{name}: expected shape [B={batch}], got {list(given.shape)}")
     return on_device(given)
+
+
+def integers(given: Any, shape: tuple[int, ...]) -> jax.Array | None:
+    """`given` as a JAX array of int32 and of `shape`; None if it is missing or something that the operation refuses."""
+    given = unwrapped(given)
+    if not isinstance(given, ARRAYS) or isinstance(given, np.ma.MaskedArray):
+        return None
+    return on_device(given) if given.dtype == np.int32 and given.shape == shape else None
 
 
 def rows_of_table(length: int, positions: Any, segment_ids: Any, max_position: Any) -> int:

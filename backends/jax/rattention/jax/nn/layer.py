@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rattention.jax.api import rattention, rattention_extend
+from rattention.jax.arguments import kind, sizes, storage_dtype
 from rattention.jax.cache import Cache
 from rattention.jax.nn import checks
 from rattention.jax.nn.cache import GenerationCache
-from rattention.jax.nn.parts import HeadNorm, Projection, merge_heads, split_heads
+from rattention.jax.nn.parts import HeadNorm, Projection, merge_heads, split_heads, without_padding
 from rattention.jax.table import rope_table
 from rattention.jax.xla.parts import wide_dtype
 
@@ -50,7 +51,8 @@ class RAttention(nnx.Module):
 
     Raises:
         ValueError: a size that is no positive int, num_heads that is no multiple of num_kv_heads, an unknown
-            `precision`, a `param_dtype` that is not floating-point.
+            `precision`, a `param_dtype` that is none of float32, bfloat16, float16 (and float64 in 64-bit mode).
+        TypeError: `rngs` is no `flax.nnx.Rngs`.
         SpecError: window, feature_map, eps, rope_theta or impl out of its domain, head_dim odd with a rotary
             embedding (ERR-5). It is a ValueError too.
 
@@ -79,7 +81,7 @@ class RAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         value_dim = head_dim if value_dim is None else value_dim
-        checks.sizes(
+        sizes(
             hidden_size=hidden_size,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -88,8 +90,9 @@ class RAttention(nnx.Module):
         )
         attributes = {"window": window, "feature_map": feature_map, "eps": eps}
         checks.options(num_heads, num_kv_heads, head_dim, attributes, rope_theta, impl, precision)
-        if not jnp.issubdtype(param_dtype, jnp.floating):
-            raise ValueError(f"param_dtype: expected a floating-point dtype, got {param_dtype!r}")
+        param_dtype = storage_dtype("param_dtype", param_dtype)
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs: expected flax.nnx.Rngs, got {kind(rngs)}")
         self.hidden_size = hidden_size
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
@@ -135,7 +138,7 @@ class RAttention(nnx.Module):
         cos = sin = None
         if self.rope_theta is not None:
             cos, sin = self._table(checks.rows_of_table(x.shape[1], positions, segment_ids, max_position))
-        q, k, v = self._project(x)
+        q, k, v = self._project(without_padding(x, checks.integers(segment_ids, x.shape[:2]), None))
         out = rattention(
             q,
             k,
@@ -161,13 +164,14 @@ class RAttention(nnx.Module):
                 as a quantised one. Give it for activations wider than the weights.
 
         Raises:
-            ValueError: a size that is no positive int; `max_length` is missing in a layer with rotary embedding.
+            ValueError: a size that is no positive int; a dtype that no call can have; `max_length` is missing in a
+                layer with rotary embedding.
         """
-        checks.sizes(batch=batch)
+        sizes(batch=batch)
         if self.rope_theta is not None and max_length is None:
             raise ValueError("max_length: expected the largest sequence length, for the rotary table, got None")
         if max_length is not None:
-            checks.sizes(max_length=max_length)
+            sizes(max_length=max_length)
         cache = Cache.empty(
             batch,
             num_kv_heads=self.num_kv_heads,
@@ -186,12 +190,15 @@ class RAttention(nnx.Module):
         0 waits. Returns `[B, T, hidden]` and the new cache.
 
         Raises:
-            TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`.
+            TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`; `cache` is no GenerationCache, or
+                has a rotary table where the layer has none or the other way round. (The base of its angles is not
+                asked: a cache belongs to the layer that made it.)
             SpecError: as `rattention_extend`; also a row that would pass the cache's `max_length`, where lengths can
                 be read. Where they cannot, its tokens past it get NaN (ERR-16).
         """
         x = checks.hidden_states(x, "B", "T", self.hidden_size)
-        q, k, v = self._project(x)
+        checks.generation_cache(cache, self.rope_theta is not None)
+        q, k, v = self._project(without_padding(x, None, checks.integers(lengths, x.shape[:1])))
         out, after = rattention_extend(
             q,
             k,

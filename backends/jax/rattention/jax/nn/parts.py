@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rattention.jax.meshes import Split, entries, without_explicit_axes
+from rattention.jax.meshes import Split, entries, together, without_explicit_axes
 from rattention.jax.xla.parts import per_channel, wide
 
 
@@ -30,7 +30,7 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x: Any) -> jax.Array:
-        return _project(x, self.weight[...], None if self.bias is None else self.bias[...])
+        return _project(*together((x, self.weight[...], None if self.bias is None else self.bias[...])))
 
 
 class HeadNorm(nnx.Module):
@@ -41,7 +41,7 @@ class HeadNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _normalise(x, self.weight[...], self.eps)
+        return _normalise(*together((x, self.weight[...])), self.eps)
 
 
 @jax.jit
@@ -65,6 +65,25 @@ def _normalise(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
         return per_channel(y, weight.astype(y.dtype)).astype(x.dtype)
 
     return without_explicit_axes(norm, (x, weight), Split(entries(x), x.shape))
+
+
+@jax.jit
+def without_padding(x: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None) -> jax.Array:
+    """`x [B, T, hidden]` with zeros in the tokens of id 0 or past `lengths [B]`.
+
+    Their outputs do not count, but they meet the weights of the projections: a NaN there would reach the gradient of
+    the weights, since 0 times NaN is NaN.
+    """
+
+    def select(x: jax.Array, segment_ids: jax.Array | None, lengths: jax.Array | None) -> jax.Array:
+        if segment_ids is not None:
+            x = jnp.where((segment_ids != 0)[:, :, None], x, jnp.zeros((), x.dtype))
+        if lengths is not None:
+            real = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+            x = jnp.where(real[:, :, None], x, jnp.zeros((), x.dtype))
+        return x
+
+    return without_explicit_axes(select, (x, segment_ids, lengths), Split(entries(x), x.shape))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rattention.jax.arguments import kind
+from rattention.jax.dispatch import ARRAYS, unwrapped
 
 
 def state_dict(module: nnx.Module) -> dict[str, np.ndarray]:
@@ -25,17 +29,29 @@ def load_state_dict(module: nnx.Module, weights: Mapping[str, Any]) -> None:
     """Set every parameter of `module` to the array of its name, in the dtype that the parameter has.
 
     Raises:
-        ValueError: a parameter without weight, a weight without parameter, or a shape that differs; nothing is set.
+        ValueError: a parameter without weight, a weight without parameter, or a shape that differs.
+        TypeError: a weight that is no JAX or NumPy array, or not one of floating-point numbers.
+
+    Where it raises, nothing is set. A parameter keeps its device, and its split over several.
     """
     parameters = _parameters(module)
     missing, unknown = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     if missing or unknown:
         raise ValueError(f"weights: expected {sorted(parameters)}, got {missing} missing and {unknown} unknown")
+    found = {name: unwrapped(weight) for name, weight in weights.items()}
     for name, param in parameters.items():
-        if tuple(weights[name].shape) != tuple(param.shape):
-            raise ValueError(f"{name}: expected shape {list(param.shape)}, got {list(weights[name].shape)}")
+        weight = found[name]
+        if not isinstance(weight, ARRAYS) or isinstance(weight, np.ma.MaskedArray):
+            raise TypeError(f"{name}: expected a jax.Array or numpy.ndarray, got {kind(weight)}")
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            raise TypeError(f"{name}: expected a floating-point dtype, got {weight.dtype}")
+        if tuple(weight.shape) != tuple(param.shape):
+            raise ValueError(f"{name}: expected shape {list(param.shape)}, got {list(weight.shape)}")
     for name, param in parameters.items():
-        param[...] = jnp.asarray(weights[name]).astype(param.dtype)
+        old, new = param[...], jnp.asarray(found[name]).astype(param.dtype)
+        placed = isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed
+        # Set as a whole: an update in place would have to say how its result is split over explicit axes.
+        param.set_value(jax.device_put(new, old.sharding) if placed else new)
 
 
 def _parameters(module: nnx.Module) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from rattention.jax import dispatch
+from rattention.jax import arguments, dispatch
+from rattention.jax.constants import constants
 from rattention.jax.missing import without_row
 from rattention.jax.sharded.sequence import documents, on_one_device, one_row
+from rattention.jax.xla.plan import named_precision
 from rattention.spec import Call, Unsupported
 
 BY_ROW = ("positions", "segment_ids")
@@ -62,10 +64,16 @@ def rattention(
         `out`, split by `spec`; with `return_final_state` the pair of it and the state, split by batch and heads.
 
     Raises:
-        SpecError: the call breaks a constraint of the specification.
+        TypeError: `mesh` is no mesh, or `spec` no PartitionSpec.
+        SpecError, ValueError: as `rattention.jax.rattention`.
         Unsupported: an axis that cannot be split so: D, sizes that the mesh does not divide, a sequence over several
             mesh axes, or one with window None (every token needs all others).
     """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {arguments.kind(mesh)}")
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"spec: expected a jax.sharding.PartitionSpec, got {arguments.kind(spec)}")
+    precision = named_precision(precision)
     tensors = {
         "q": q,
         "k": k,
@@ -90,6 +98,8 @@ def rattention(
         raise Unsupported("a split sequence with segment_ids or positions: the kernels have no such entry")
     else:
         dispatch.choose(call, arrays, impl or "xla", precision)  # which refuses what it does not know
+    if window is not None:  # no window reaches further than the sequence, and no larger number has to fit an int32
+        call.attributes["window"] = min(call.attributes["window"], call.dims["T"])
     static = tuple(sorted(call.attributes.items()))
     outputs = _program(mesh, spec, static, impl, precision, seen, arrays)
     return (outputs["out"], outputs["final_state"]) if return_final_state else outputs["out"]
@@ -107,6 +117,7 @@ def _program(
 ) -> dict[str, jax.Array]:
     """One compiled program, kept like those of `dispatch.compute`."""
     call, arrays, _ = dispatch.check("rattention", arrays, dict(static))
+    arrays = constants(call.operation, arrays)
     batch, sequence, heads = _axes(call, mesh, spec)
     state_spec = PartitionSpec(batch, heads)
     tokens = PartitionSpec(batch, sequence, heads)
@@ -123,7 +134,7 @@ def _program(
 
     if AxisType.Explicit in mesh.axis_types:
         # There the split of an array is part of its type, and must be that of `specs` before shard_map.
-        arrays = {name: jax.sharding.reshard(x, NamedSharding(mesh, specs[name])) for name, x in arrays.items()}
+        arrays = {name: jax.sharding.reshard(x, _explicit(mesh, specs[name])) for name, x in arrays.items()}
     out, state = jax.shard_map(
         functools.partial(local, attrs=call.attributes, precision=precision),
         mesh=mesh,
@@ -131,6 +142,16 @@ def _program(
         out_specs=(tokens, state_spec),
     )(arrays)
     return {"out": out, "final_state": state}
+
+
+def _explicit(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> NamedSharding:
+    """The part of a split that the type of an array tells: that over explicit axes."""
+    explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    entries = []
+    for entry in spec:
+        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        entries.append(tuple(name for name in names if name in explicit) or None)
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def _axes(call: Call, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> tuple[Any, Any, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 from jax import lax
 
 CHUNK = 64
@@ -58,10 +57,22 @@ def default_precision(storage: str) -> lax.Precision:
     return {"bfloat16": lax.Precision.DEFAULT, "float16": lax.Precision.HIGH}.get(storage, lax.Precision.HIGHEST)
 
 
-def as_precision(precision: object, storage: str) -> lax.Precision:
-    """`precision=` of the public functions: None, a `jax.lax.Precision` or one of its names."""
-    if precision is None:
-        return default_precision(storage)
-    if isinstance(precision, jax.lax.Precision):
+def named_precision(precision: object) -> lax.Precision | None:
+    """`precision=` of the public functions: a `jax.lax.Precision`, one of its names in either case, or None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if precision is None or isinstance(precision, lax.Precision):
         return precision
-    return lax.Precision(precision)
+    if isinstance(precision, str):  # the enumeration would take the numbers 0 to 2 as well, and so True
+        try:
+            return lax.Precision(precision.lower())
+        except ValueError:
+            pass
+    raise ValueError(f"precision: expected default, high, highest, a jax.lax.Precision, or None, got {precision!r}")
+
+
+def as_precision(precision: object, storage: str) -> lax.Precision:
+    """The precision asked for, or that of the storage dtype."""
+    return named_precision(precision) or default_precision(storage)

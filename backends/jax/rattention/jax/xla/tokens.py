@@ -116,5 +116,8 @@ def table_rows(cos: jax.Array, sin: jax.Array, where: Tokens, given: jax.Array |
         return jnp.zeros((1, tokens, *table.shape[1:]), table.dtype)
     if given is None and where.live is None:
         return table[None, :tokens]
-    rows = jnp.take(table, where.positions if given is None else given, axis=0, mode="clip")
+    # Bounded here and not by the gather alone: inert tokens, as the empty slots of a cache, have no row, and
+    # checkify.index_checks looks at every index.
+    at = jnp.clip(where.positions if given is None else given, 0, table.shape[0] - 1)
+    rows = jnp.take(table, at, axis=0, mode="clip")
     return rows if where.live is None else jnp.where(where.live[:, :, None, None], rows, 0)
