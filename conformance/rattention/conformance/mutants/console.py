@@ -37,7 +37,7 @@ def command(profile: str, seed: int | None, report: Path | None, text: str, cons
     console.print(f"profile {profile}, seed {seed}, {len(chosen)} mutants")
     workers = max(1, min(2, os.cpu_count() or 1)) if len(chosen) > 8 else 0
 
-    deaths: list[Death] = []
+    deaths: list[Death] = []  # what is known if the run is interrupted
 
     def step(death: Death) -> None:
         deaths.append(death)
@@ -46,13 +46,13 @@ def command(profile: str, seed: int | None, report: Path | None, text: str, cons
 
     rows: list[Row] = []
     try:
-        run_mutants(profile, seed, chosen, workers=workers, progress=step)
+        deaths = run_mutants(profile, seed, chosen, workers=workers, progress=step)
         if not text:  # coverage is a statement about the whole catalogue
-            rows = clause_rows(_in_order(deaths), passing(profile, seed, report))
+            rows = clause_rows(deaths, passing(profile, seed, report))
         whole = True
     except KeyboardInterrupt:
         whole = False
-    deaths = _in_order(deaths)
+        deaths = _in_order(deaths)
     _print(deaths, rows, console)
     if not whole:
         console.print(f"[bold red]interrupted[/]: {len(chosen) - len(deaths)} mutants were not run")
