@@ -1,5 +1,6 @@
 """Exit code 1 means "not conforming" and nothing else, however a run ends."""
 
+import contextlib
 import errno
 import io
 import json
@@ -71,6 +72,11 @@ def test_a_run_that_found_nothing_leaves_the_last_report(tmp_path, monkeypatch):
     assert (tmp_path / "report.json").read_text() == "the last"
 
 
+def _hears_ctrl_c() -> None:
+    """As below a terminal. A job that a script started in the background ignores Ctrl-C, and so does all below it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="this system has no process groups")
 def test_ctrl_c_reaches_the_parent_alone(tmp_path):
     """As a terminal does, to every process of the run, workers included: no traceback of any."""
@@ -94,13 +100,19 @@ def test_ctrl_c_reaches_the_parent_alone(tmp_path):
             stdout=out,
             stderr=out,
             start_new_session=True,
+            preexec_fn=_hears_ctrl_c,
         )
-        while not (tmp_path / "busy").exists():
-            assert run.poll() is None
-            with pytest.raises(subprocess.TimeoutExpired):
-                run.wait(0.2)
-        os.killpg(run.pid, signal.SIGINT)
-        assert run.wait(120) == 2
+        try:
+            while not (tmp_path / "busy").exists():
+                assert run.poll() is None
+                with pytest.raises(subprocess.TimeoutExpired):
+                    run.wait(0.2)
+            os.killpg(run.pid, signal.SIGINT)
+            assert run.wait(120) == 2
+        finally:  # or the next test is blamed for a process that still runs
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
     said = (tmp_path / "out").read_text()
     assert "NO VERDICT" in said
     assert "Traceback" not in said
