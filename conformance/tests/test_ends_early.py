@@ -72,9 +72,13 @@ def test_a_run_that_found_nothing_leaves_the_last_report(tmp_path, monkeypatch):
     assert (tmp_path / "report.json").read_text() == "the last"
 
 
-def _hears_ctrl_c() -> None:
-    """As below a terminal. A job that a script started in the background ignores Ctrl-C, and so does all below it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# As below a terminal: a job that a script started in the background ignores Ctrl-C, and so does all below it. Set in
+# the run itself and not by `preexec_fn`, which forks this process: JAX, once loaded, warns of every fork.
+HEARS_CTRL_C = (
+    "import signal, runpy;"
+    "signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "runpy.run_module('rattention.conformance.cli', run_name='__main__', alter_sys=True)"
+)
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="this system has no process groups")
@@ -93,14 +97,13 @@ def test_ctrl_c_reaches_the_parent_alone(tmp_path):
         "            time.sleep(0.2)\n"
         "        return super().run(op, t, a)\n"
     )
-    command = [sys.executable, "-m", "rattention.conformance.cli", "conform", f"{port}:Slow"]
+    command = [sys.executable, "-c", HEARS_CTRL_C, "conform", f"{port}:Slow"]
     with open(tmp_path / "out", "wb") as out:
         run = subprocess.Popen(
             [*command, "--profile", "smoke", "--seed", "3", "--workers", "2", "--report", str(tmp_path / "rep")],
             stdout=out,
             stderr=out,
             start_new_session=True,
-            preexec_fn=_hears_ctrl_c,
         )
         try:
             while not (tmp_path / "busy").exists():
