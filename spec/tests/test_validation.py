@@ -299,8 +299,8 @@ def test_int32_room_for_new_tokens():  # ERR-11
     ("attribute", "values"),
     [
         ("window", [-2, 3.0, 3.5, True, np.bool_(False), "4", float("nan"), float("inf")]),
-        ("scale", [float("inf"), float("nan"), True, "1.0", 1j, 10**400]),
-        ("eps", [0, 0.0, -1e-6, float("nan"), float("inf"), None, True, "1e-6"]),
+        ("scale", [float("inf"), float("nan"), True, "1.0", b"1.0", np.array(True), 1j, 10**400]),
+        ("eps", [0, 0.0, -1e-6, float("nan"), float("inf"), None, True, "1e-6", bytearray(b"1e-6")]),
         ("feature_map", ["elu", "Softmax", "", None, 3, b"softmax"]),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from rattention import torch as rt
 from rattention.spec import SpecError, Unsupported, load
 from rattention.torch.nn import GenerationCache, RAttention
@@ -127,6 +128,62 @@ def test_a_module_that_brings_its_own_weight_when_it_runs_is_left_alone():
     model.q_proj.weight = nn.Parameter(weight.to("meta"))
     model.q_proj.register_forward_pre_hook(lambda module, _: setattr(module, "weight", weight))
     assert torch.equal(model(x), want)
+
+
+class Adapted(nn.Linear):
+    """As adapters and quantised layers are: a forward of its own, parameters and buffers of its own."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+        self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+        self.register_buffer("gain", torch.ones(outputs))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.gain + input @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("method", ["forward", "prefill"])
+@pytest.mark.parametrize("tensor", ["weight", "down", "up", "gain"])
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj", "o_proj"])
+def test_a_projection_of_any_class_that_was_left_on_meta_is_named(projection, tensor, method):
+    model, x = layer(), torch.randn(2, 5, 16)
+    replaced = Adapted(getattr(model, projection).in_features, getattr(model, projection).out_features)
+    setattr(model, projection, replaced)
+    call = model if method == "forward" else lambda x: model.prefill(x, model.new_cache(2))
+    call(x)
+    kind = replaced._buffers if tensor == "gain" else replaced._parameters
+    kind[tensor] = nn.Parameter(getattr(replaced, tensor).to("meta")) if tensor != "gain" else replaced.gain.to("meta")
+    with pytest.raises(SpecError, match=rf"{projection}\.{tensor}: expected device cpu.*got meta \(ERR-15\)"):
+        call(x)
+
+
+def _normed(module: nn.Linear) -> None:
+    nn.utils.parametrizations.weight_norm(module)
+    module.parametrizations.weight.to("meta")
+
+
+def _pruned(module: nn.Linear) -> None:
+    torch.nn.utils.prune.l1_unstructured(module, "weight", 0.5)
+    module.to("meta")
+
+
+def _frozen(module: nn.Linear) -> None:
+    weight = module.weight.detach().to("meta")
+    del module.weight
+    module.register_buffer("weight", weight)
+
+
+def _watched(module: nn.Linear) -> None:
+    module.to("meta").register_forward_pre_hook(lambda module, _: None)
+
+
+@pytest.mark.parametrize("change", [_normed, _pruned, _frozen, _watched])
+def test_a_weight_on_meta_is_found_behind_what_makes_or_watches_it(change):
+    model, x = layer(), torch.randn(2, 5, 16)
+    change(model.k_proj)
+    for _ in range(2):
+        with pytest.raises(SpecError, match=r"k_proj\.\S*weight\S*: expected device cpu.*got meta \(ERR-15\)"):
+            model(x)
 
 
 @pytest.fixture

@@ -322,6 +322,8 @@ def test_rows_that_reset_takes(rows, left):
         ("012", TypeError, "expected indices or a bool mask .*, got str"),
         ([[0], [1]], TypeError, "expected indices or a bool mask"),
         ([None], TypeError, "expected indices or a bool mask"),
+        (torch.tensor([0]).to_sparse(), TypeError, "expected indices or a bool mask"),
+        (torch.nested.nested_tensor([torch.tensor([0])], layout=torch.jagged), TypeError, "got a nested tensor"),
     ],
 )
 def test_rows_that_reset_refuses(rows, error, text):

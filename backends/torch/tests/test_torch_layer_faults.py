@@ -50,6 +50,27 @@ def test_a_cache_does_not_advance_when_a_checkpoint_runs_again(reentrant, method
     assert cache.length.tolist() == after
 
 
+@pytest.mark.parametrize("how", ["set", "reset"])
+def test_a_cache_is_not_changed_by_hand_when_a_checkpoint_runs_again(how):
+    """A function that is checkpointed reads the cache and writes it, without a method of the layer."""
+    cache = layer().new_cache(2)
+
+    def f(x: Tensor) -> Tensor:
+        y = x.exp() * (1 + cache.tensors.state.sum())
+        if how == "reset":
+            cache.reset(0)
+        else:
+            cache.tensors = cache.tensors._replace(state=cache.tensors.state + 1)
+        return y
+
+    y = checkpoint(f, hidden().requires_grad_(), use_reentrant=False)
+    assert isinstance(y, Tensor)
+    after = cache.tensors
+    with pytest.raises(Unsupported, match=r"RAttention: cache: a call inside of a backward pass.*checkpoint"):
+        y.sum().backward()
+    assert cache.tensors is after
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_cache_made_inside_of_a_checkpoint_has_right_gradients(reentrant):
     model = layer()
@@ -349,6 +370,13 @@ def test_hidden_states_of_another_dtype_are_named(dtype):
             SpecError, match=r"RAttention: x: expected (a floating dtype|dtype float32, .*), got .*ERR-4"
         ):
             call()
+
+
+def test_autocast_leaves_float64_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in calls_of(layer(), hidden().double()):
+            with pytest.raises(SpecError, match=r"RAttention: x: expected dtype float32, .*, got float64 \(ERR-4\)"):
+                call()
 
 
 @torch.no_grad()

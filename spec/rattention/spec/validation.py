@@ -179,13 +179,13 @@ def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
         if not isinstance(value, str) or value not in spec.choices:
             raise error
         return value
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+    if isinstance(value, str | bytes | bytearray | bool) or _holds_a_bool(value):
         raise error
     try:
         number = operator.index(value) if kind == "int" else float(value)
     except (TypeError, ValueError, OverflowError):
         raise error from None
-    if isinstance(value, str) or (kind != "int" and not math.isfinite(number)):
+    if kind != "int" and not math.isfinite(number):
         raise error
     if spec.minimum is not None and number < spec.minimum:
         raise error
@@ -194,6 +194,11 @@ def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
     if spec.multiple_of is not None and number % spec.multiple_of:
         raise error
     return number
+
+
+def _holds_a_bool(value: Any) -> bool:
+    """Whether this is the bool of an array library, or an array of it, which Python would count as 0 or 1."""
+    return str(getattr(value, "dtype", type(value).__name__)).rpartition(".")[2] in ("bool", "bool_")
 
 
 def _dtypes(op: Operation, given: Mapping[str, Any], extra: tuple[str, ...]) -> str:

@@ -101,6 +101,11 @@ def refuse_exotic(operation: str, name: str, t: Tensor) -> None:
         raise SpecError(operation, name, "a dense torch.Tensor", kind, "ERR-14")
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements of `t` can be read as those of an array: neither nested nor sparse nor quantised."""
+    return not t.is_nested and t.layout is torch.strided and not t.is_quantized
+
+
 def is_dtensor(t: Any) -> bool:
     """Whether this is a `torch.distributed.tensor.DTensor`; nobody has one before that module is imported."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -61,6 +61,12 @@ def merge_into_batch(op: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
+        if size == 0:  # one element of zeros says what shapes there are none of
+            pairs = zip(args, in_dims, strict=True)
+            one = op(*(x if d is None else x.new_zeros(x.movedim(d, 0).shape[1:]) for x, d in pairs))
+            if isinstance(one, Tensor):
+                return one.new_empty((0, *one.shape)), 0
+            return tuple(x.new_empty((0, *x.shape)) for x in one), (0,) * len(one)
 
         def merge(x: Any, dim: int | None) -> Any:
             if not isinstance(x, Tensor):
@@ -68,7 +74,7 @@ def merge_into_batch(op: Callable[..., Any]) -> Callable[..., Any]:
             return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
         def split(x: Tensor) -> Tensor:
-            return x.unflatten(0, (size, x.shape[0] // max(size, 1)))
+            return x.unflatten(0, (size, x.shape[0] // size))
 
         out = op(*(merge(x, d) for x, d in zip(args, in_dims, strict=True)))
         return (split(out), 0) if isinstance(out, Tensor) else (tuple(map(split, out)), (0,) * len(out))

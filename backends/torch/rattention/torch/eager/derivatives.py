@@ -46,7 +46,22 @@ def pullback_of(f: Function, outputs: int) -> Function:
 
 
 def _vjp(f: Function, *primals: Tensor) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]:
-    outputs, back, *_ = torch.func.vjp(f, *primals)
+    if torch._C._are_functorch_transforms_active():
+        outputs, back, *_ = torch.func.vjp(f, *primals)
+        return outputs, back
+    # Plain autograd where the caller uses plain autograd: torch.func refuses to work under the saved-tensor hooks of
+    # activation checkpointing and save_on_cpu, and it cannot keep the graph of a batch of cotangents.
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inner = [x.view_as(x) if further and x.requires_grad else x.detach().requires_grad_() for x in primals]
+        outputs = f(*inner)
+
+    def back(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        further = torch.is_grad_enabled()
+        return torch.autograd.grad(
+            outputs, inner, cotangents, retain_graph=True, create_graph=further, materialize_grads=True
+        )
+
     return outputs, back
 
 

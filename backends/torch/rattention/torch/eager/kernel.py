@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rattention.torch.eager.chunks import full_precision
 from rattention.torch.eager.derivatives import Function, pullback, pullback_of, pushforward
+from rattention.torch.tangents import batched_gradients, nested_forward_mode
 from torch import Tensor
 
 Optional = Tensor | None
@@ -48,6 +49,12 @@ class Kernel:
     """How many attributes the backward kernel takes, from the first."""
 
     def __call__(self, *args: Any) -> Any:
+        if nested_forward_mode():  # PyTorch drops the outer tangents of every autograd.Function, without a word
+            tensors = self.inputs + self.constants
+            attributes = args[tensors : tensors + self.attributes]
+            with self.precision(args[0], attributes):
+                outputs = self.composed(*args[:tensors], *attributes)
+            return outputs[0] if len(outputs) == 1 else outputs
         return _Forward.apply(self, *args)  # pyright: ignore[reportAbstractUsage]
 
     def of_inputs(self, constants: tuple[Any, ...], attributes: tuple[Any, ...]) -> Function:
@@ -87,7 +94,13 @@ class _Forward(torch.autograd.Function):
         filled = [
             saved[0].new_zeros(shape) if d is None else d for d, shape in zip(cotangents, ctx.shapes, strict=False)
         ]
-        grads = _Backward.apply(kernel, *filled, *saved, *ctx.attributes)  # pyright: ignore[reportAbstractUsage]
+        if torch.is_grad_enabled() and batched_gradients(filled):
+            # What an autograd.Function returns here has no history once PyTorch takes the batch apart.
+            f = kernel.of_inputs(saved[kernel.inputs : kernel.inputs + kernel.constants], ctx.attributes)
+            with kernel.precision(saved[0], ctx.attributes):
+                grads = pullback(f, saved[: kernel.inputs], filled)
+        else:
+            grads = _Backward.apply(kernel, *filled, *saved, *ctx.attributes)  # pyright: ignore[reportAbstractUsage]
         named = (None if x is None else g for x, g in zip(saved[: kernel.inputs], grads, strict=True))
         return (None, *named, *(None,) * (ctx.given - kernel.inputs))
 
@@ -117,13 +130,13 @@ class _Backward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.kernel, ctx.attributes = kernel, tuple(args[len(tensors) :])
+        ctx.kernel, ctx.attributes, ctx.given = kernel, tuple(args[len(tensors) :]), len(args)
 
     @staticmethod
     def _first(ctx: Any) -> tuple[Function, tuple[Optional, ...]]:
         """The gradient as a function of cotangents and inputs, and their values. What backward keeps follows from the
         inputs, so it is computed again and has no derivative of its own."""
-        kernel, saved = ctx.kernel, ctx.saved_tensors
+        kernel, saved = ctx.kernel, ctx.saved_tensors  # once: activation checkpointing unpacks each tensor once
         count = kernel.outputs + kernel.inputs
         f = kernel.of_inputs(saved[count : count + kernel.constants], ctx.attributes)
         return pullback_of(f, kernel.outputs), saved[:count]
@@ -134,13 +147,12 @@ class _Backward(torch.autograd.Function):
         given = [d for d, there in zip(directions, ctx.there, strict=True) if there]
         with ctx.kernel.precision(primals[0], ctx.attributes):
             found = pullback(first, primals, given)
-        return (None, *found, *(None,) * (len(ctx.saved_tensors) - len(found) + ctx.kernel.attributes))
+        return (None, *found, *(None,) * (ctx.given - len(found)))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> Any:
         first, primals = _Backward._first(ctx)
         with ctx.kernel.precision(primals[0], ctx.attributes):
             found = iter(pushforward(first, primals, tangents[: len(primals)]))
-        like = ctx.saved_tensors[0]
         pairs = zip(ctx.there, ctx.shapes, strict=True)
-        return tuple(next(found) if there else like.new_zeros(shape) for there, shape in pairs)
+        return tuple(next(found) if there else primals[0].new_zeros(shape) for there, shape in pairs)

@@ -51,7 +51,7 @@ def linear_scan(
         `[B, T, Hq, Dv]`, and the state after the last key, `[B, Hkv, F, Dv]`.
     """
     g = (None, None, None) if groups is None else tuple(groups)
-    out, final, _ = _KERNEL(q, k, v, state, *g, inclusive, feature_map, reduced)
+    out, final, *_ = _KERNEL(q, k, v, state, *g, inclusive, feature_map, reduced)
     return out, final
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from rattention.spec import SpecError, Unsupported
-from rattention.torch.arguments import has_values, is_empty_shell, on_host
+from rattention.torch.arguments import has_values, is_dense, is_empty_shell, on_host
 from rattention.torch.cache import Cache, as_int
 from rattention.torch.nn.moment import Moment
 from torch import Tensor
@@ -60,13 +60,15 @@ class GenerationCache:
 
         Raises:
             SpecError: what is set is no `Cache`, as in the constructor; nothing changes then.
-            Unsupported: tensors that `vmap` batches, in a cache from outside of it.
+            Unsupported: tensors that `vmap` batches, in a cache from outside of it; or a backward pass is at work, as
+                activation checkpointing makes it.
         """
         return self._tensors
 
     @tensors.setter
     def tensors(self, tensors: Cache) -> None:
         _check(tensors)
+        self.refuse_recomputation()
         self._made.refuse_batched(tensors)
         self._tensors, self._lags, self._exact = tensors, {}, False
         self.read_lengths()
@@ -83,7 +85,7 @@ class GenerationCache:
             self._lags, self._exact = {}, True
 
     def refuse_recomputation(self) -> None:
-        """Refuse to advance inside of a backward pass, unless this cache was made in it.
+        """Refuse to change inside of a backward pass, unless this cache was made in it.
 
         Activation checkpointing runs a forward pass again in backward. The cache has moved on by then, so the second
         run would continue another past, and its gradients would be wrong.
@@ -165,8 +167,9 @@ class GenerationCache:
         Raises:
             IndexError: an index outside the batch, or a mask of another length.
             TypeError: neither indices nor bools, such as a mask of uint8, or no values to read.
-            Unsupported: a mask that `vmap` batches, for a cache from outside of it.
+            Unsupported: a mask that `vmap` batches, for a cache from outside of it; or a backward pass is at work.
         """
+        self.refuse_recomputation()
         k = self._tensors.k
         batch = k.shape[0]
         if isinstance(rows, Tensor) and not has_values(rows):
@@ -217,6 +220,8 @@ def _check(tensors: Any) -> None:
 
 
 def _kind(rows: Any) -> str:
+    if isinstance(rows, Tensor) and rows.is_nested:
+        return "a nested tensor"  # it has no shape
     dtype = getattr(rows, "dtype", None)
     return type(rows).__qualname__ if dtype is None else f"{dtype} {list(rows.shape)}"
 
@@ -227,7 +232,7 @@ def _mask(rows: Any, batch: int) -> list[bool]:
     if isinstance(rows, np.ma.MaskedArray | str | bytes | bytearray | memoryview | bool | np.bool_ | Mapping | Set):
         raise wrong
     # PyTorch once had masks of uint8. As indices they would mean rows 0 and 1.
-    if getattr(rows, "dtype", None) in (torch.uint8, np.uint8):
+    if getattr(rows, "dtype", None) in (torch.uint8, np.uint8) or (isinstance(rows, Tensor) and not is_dense(rows)):
         raise wrong
     if isinstance(rows, Tensor | np.ndarray):
         if rows.ndim == 0:

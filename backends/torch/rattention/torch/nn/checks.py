@@ -115,29 +115,37 @@ def parameters_beside(layer: nn.Module, x: Tensor) -> None:
     of another dtype than projections which take it as it is (ERR-4). If all parameters are in one place, `x` is odd.
 
     A product of a tensor on the CPU and a weight on meta gives memory that nobody wrote, without an error. Submodules
-    of other classes than PyTorch's, and those with hooks, may place their parameters when they run: they look for
-    themselves. So does a graph while it is traced.
+    of other classes than PyTorch's may have tensors elsewhere for reasons of their own, but not on meta. Those with
+    hooks may fetch them when they run: they are looked at behind their hooks. A graph looks for itself while it is
+    traced.
     """
     if torch.compiler.is_compiling():
         return
     elsewhere: tuple[str, torch.device] | None = None
     places: set[torch.device] = set()
+    fetching: list[str] = []
     for path, module in layer.named_modules():
-        if module is not layer and not _reads_its_parameters_as_they_are(module):
+        if module is not layer and ("forward" in vars(module) or module._forward_pre_hooks):
+            fetching.append(f"{path}.")
+        if any(f"{path}.".startswith(prefix) for prefix in fetching):
+            _look_behind_hooks(path, module, x)
             continue
-        for name, parameter in module.named_parameters(path, recurse=False):
-            if is_dtensor(parameter) and not is_dtensor(x):
+        plain = module is layer or type(module).forward in (nn.Linear.forward, nn.RMSNorm.forward)
+        for name, t in (*module.named_parameters(path, recurse=False), *module.named_buffers(path, recurse=False)):
+            if is_dtensor(t) and not is_dtensor(x):
                 raise Unsupported(
                     f"{LAYER}: {name} is a DTensor and x is not. FSDP2 gathers parameters in forward alone, so tell it "
                     "about prefill and step: torch.distributed.fsdp.register_fsdp_forward_method(layer, 'prefill'). "
                     "Other shardings need local tensors"
                 )
-            if parameter.device != x.device:
-                elsewhere = elsewhere or (name, parameter.device)
-            elif name in TAKE_X and parameter.dtype != x.dtype and _casts_nothing(parameter, x):
-                expected, got = (str(t.dtype).removeprefix("torch.") for t in (parameter, x))
+            if not plain and t.device.type != "meta":
+                continue
+            if t.device != x.device:
+                elsewhere = elsewhere or (name, t.device)
+            elif name in TAKE_X and t.dtype != x.dtype and _casts_nothing(t, x):
+                expected, got = (str(t.dtype).removeprefix("torch.") for t in (t, x))
                 raise SpecError(LAYER, "x", f"dtype {expected}, that of {name}", got, "ERR-4")
-            places.add(parameter.device)
+            places.add(t.device)
     if elsewhere and len(places) == 1:
         raise SpecError(LAYER, "x", f"device {places.pop()}, that of all parameters", str(x.device), "ERR-15")
     if elsewhere:
@@ -146,15 +154,28 @@ def parameters_beside(layer: nn.Module, x: Tensor) -> None:
 
 
 def _casts_nothing(weight: Tensor, x: Tensor) -> bool:
-    """Whether a product of `x` and `weight` needs them in one dtype. Quantised weights are classes of their own."""
+    """Whether a product of `x` and `weight` needs them in one dtype. Quantised weights are classes of their own.
+    Autocast leaves float64 as it is."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not autocast
+    casts = autocast and torch.float64 not in (weight.dtype, x.dtype)
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not casts
 
 
-def _reads_its_parameters_as_they_are(module: nn.Module) -> bool:
-    plain = type(module).forward in (nn.Linear.forward, nn.RMSNorm.forward) and "forward" not in vars(module)
-    return plain and not module._forward_pre_hooks
+def _look_behind_hooks(path: str, module: nn.Module, x: Tensor) -> None:
+    """Have a module with tensors on meta refuse to run, once, if its hooks have not brought them."""
+    tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if "forward" in vars(module) or x.is_meta or not any(t.is_meta for t in tensors):
+        return
+
+    def look(module: nn.Module, _: Any) -> None:
+        handle.remove()
+        for name in ("weight", "bias", *module._parameters, *module._buffers):
+            t = getattr(module, name, None)
+            if isinstance(t, Tensor) and t.is_meta:
+                raise SpecError(LAYER, f"{path}.{name}", f"device {x.device}, that of x", str(t.device), "ERR-15")
+
+    handle = module.register_forward_pre_hook(look)
 
 
 def table_rows(x: Tensor, positions: Tensor | None, segment_ids: Tensor | None, max_position: int | None) -> int:
