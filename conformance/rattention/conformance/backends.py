@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from rattention.conformance.told import by_user, told
 from rattention.spec import Unsupported
 
 GROUP = "rattention.backends"
@@ -72,14 +73,14 @@ def resolve(text: str) -> Any:
     except CannotRun:
         raise
     except BaseException as error:  # whatever a third party's module does at import, SystemExit included
-        if isinstance(error, KeyboardInterrupt):
+        if by_user(error):
             raise
         raise CannotRun(f"{text} does not load: {type(error).__name__}: {_one_line(error)}") from error
     if isinstance(backend, type):
         try:
             backend = backend()
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
+            if by_user(error):
                 raise
             raise CannotRun(f"{text} does not start: {type(error).__name__}: {_one_line(error)}") from error
     if not callable(getattr(backend, "run", None)) or not callable(getattr(backend, "describe", None)):
@@ -98,7 +99,7 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
     except CannotRun:
         raise
     except BaseException as error:  # SystemExit included: its status would pass for a verdict
-        if isinstance(error, KeyboardInterrupt):
+        if by_user(error):
             raise
         raise CannotRun(f"{text} does not describe itself: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(about, Mapping):
@@ -146,10 +147,10 @@ def _probe(backend: Any, about: Mapping[str, Any], name: str) -> None:
     try:
         backend.run(op, tensors, attrs)
     except Unsupported as refusal:
-        raise CannotRun(f"{name}: {refusal}") from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+        raise CannotRun(f"{name}: {told(refusal)}") from None
+    except BaseException as error:
+        if by_user(error):
+            raise
         return  # a fault, which the suite reports in full
 
 
@@ -177,5 +178,5 @@ def _from_file(path: Path) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
+    text = told(error).strip()
     return text.splitlines()[0] if text else "no message"

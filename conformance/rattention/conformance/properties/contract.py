@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from rattention.conformance.badcalls import bad_call, bad_names, base_call
 from rattention.conformance.case import Case
-from rattention.conformance.context import Context, PortFailure, storage_of
+from rattention.conformance.context import Context, PortFailure
 from rattention.conformance.features import exercised
 from rattention.conformance.judge import Violation
 from rattention.conformance.properties.base import register
 from rattention.conformance.strategies import Plan, Recipe, build
 from rattention.conformance.strategies.plan import DTYPES, supported
 from rattention.conformance.strategies.pools import OPTIONS
+from rattention.conformance.told import by_user, crash, reason_of, shown, told
 from rattention.spec import SpecError, Unsupported, load
 
 ERRORS = tuple(label for label in load().judged if label.startswith("ERR") and label not in ("ERR-12", "ERR-13"))
@@ -37,7 +38,7 @@ def _make_bad(plan: Plan, recipe: Recipe) -> Case | None:
     if bad is None:
         return None
     clauses = tuple(dict.fromkeys((bad.clause, bad.raised_clause, "BCK-5")))
-    params = {"text": bad.text, "entry": entry, "target": target}
+    params = {"text": bad.text, "entry": entry, "target": target, "dtype": recipe.dtype}
     return Case(recipe.op, bad.tensors, bad.attrs, f"bad input {entry} ({target})", recipe.seed, clauses, params=params)
 
 
@@ -54,24 +55,31 @@ def check_bad(ctx: Context, case: Case) -> list[Violation]:
     try:
         ctx.call(case.op, case.tensors, case.attrs)
     except SpecError as error:
-        if str(error) == want:
+        if told(error) == want:
             return _untouched(case, before)
-        message = f"{entry}: refused with other words: {str(error)!r}, expected {want!r}"
+        message = f"{entry}: refused with other words: {told(error)!r}, expected {want!r}"
         return [Violation(("BCK-5", *clauses), message, "refusal")]
     except PortFailure as failure:
         return [Violation((failure.clause, *clauses), f"{entry}: {failure}", "crash")]
     except Unsupported as refusal:
-        if ctx.entitled(case.op, *base_call(case.op, storage_of(case), case.seed or 0)):
+        if any(ctx.entitled(case.op, *base_call(case.op, dtype, case.seed or 0)) for dtype in _storages(case)):
             return []  # both invalid and beyond the backend: no one right answer
-        return [
-            Violation(clauses, f"{entry}: Unsupported({refusal}) for an invalid call, expected {want!r}", "refusal")
-        ]
-    except KeyboardInterrupt:
-        raise
+        message = f"{entry}: Unsupported({told(refusal)}) for an invalid call, expected {want!r}"
+        return [Violation(clauses, message, "refusal")]
     except BaseException as error:
-        message = f"{entry}: {type(error).__name__}: {str(error)[:200]}; expected SpecError: {want}"
+        if by_user(error):
+            raise
+        message = f"{entry}: {type(error).__name__}: {told(error)[:200]}; expected SpecError: {want}"
         return [Violation(clauses, message, "refusal")]
     return [Violation(clauses, f"{entry}: accepted; expected SpecError: {want}", "refusal")]
+
+
+def _storages(case: Case) -> list[str]:
+    """Storage dtypes of a bad call: of the valid call that was spoilt, and any other that is one. int32 is none."""
+    classed = (t.name for t in load().operations[case.op].tensors if t.dtype == "storage")
+    found = [str(case.tensors[name].dtype) for name in classed if name in case.tensors]
+    drawn = case.params.get("dtype")  # files of earlier versions do not say
+    return list(dict.fromkeys(d for d in (drawn, *found) if d in DTYPES)) or ["float32"]
 
 
 def _untouched(case: Case, before: Mapping[str, np.ndarray]) -> list[Violation]:
@@ -130,11 +138,13 @@ def check_describe(ctx: Context, case: Case) -> list[Violation]:
     try:
         ctx.call(case.op, case.tensors, case.attrs)
     except Unsupported as refusal:
-        if str(getattr(refusal, "reason", refusal)).strip():
+        if reason_of(refusal):
             return []
         return [Violation(("BCK-3",), f"{case.op}: Unsupported without a reason", "refusal")]
-    except Exception as error:
-        message = f"{case.op} is not declared: expected Unsupported, got {type(error).__name__}: {error}"
+    except BaseException as error:
+        if by_user(error):
+            raise
+        message = f"{case.op} is not declared: expected Unsupported, got {type(error).__name__}: {told(error)}"
         return [Violation(("BCK-3",), message, "refusal")]
     return [Violation(("BCK-3", "BCK-1"), f"{case.op} is not declared, yet it ran", "refusal")]
 
@@ -150,24 +160,28 @@ def _description(ctx: Context) -> list[Violation]:
             wrong(f"key {key!r} is missing")
         elif not isinstance(about[key], kind):
             wrong(f"{key} is {type(about[key]).__name__}")
-    if str(about.get("spec_version")) != spec.version:
-        wrong(f"spec_version {about.get('spec_version')!r}, this suite checks {spec.version!r}")
+    if told(about.get("spec_version")) != spec.version:
+        wrong(f"spec_version {shown(about.get('spec_version'))}, this suite checks {spec.version!r}")
     known = {"operations": set(spec.operations), "dtypes": set(spec.storage_dtypes)}
     for key, names in known.items():
         values = about.get(key) if isinstance(about.get(key), list | tuple) else ()
         for name in values or ():
-            if name not in names:
-                wrong(f"{key} holds {name!r}, which the specification does not know")
+            if not isinstance(name, str) or name not in names:
+                wrong(f"{key} holds {shown(name)}, which the specification does not know")
         if key in about and not values:
             wrong(f"{key} is empty")
     tiles = about.get("tile_sizes")
     for key in ("T", "window", "D"):
         sizes = tiles.get(key) if isinstance(tiles, Mapping) else None
         if not isinstance(sizes, list | tuple) or not all(isinstance(s, int) and s > 0 for s in sizes):
-            wrong(f"tile_sizes[{key!r}] must be a list of positive ints, not {sizes!r}")
-    again = ctx.backend.describe()
-    if again != about:
-        wrong("a second call gives another answer")
+            wrong(f"tile_sizes[{key!r}] must be a list of positive ints, not {shown(sizes)}")
+    try:
+        if ctx.backend.describe() != about:
+            wrong("a second call gives another answer")
+    except BaseException as error:
+        if by_user(error):
+            raise
+        wrong(f"a second call, held against the first, raises {crash(error)}")
     return found
 
 
