@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rattention.conformance.cli import app
 from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.session import Session
 from rattention.conformance.strategies import make_plan
 from rattention.numpy.adapter import backend as honest
 from rattention.spec import SpecError, Unsupported
+from typer.testing import CliRunner
 
 PORTS = Path(__file__).with_name("faulty_ports.py")
 spec = importlib.util.spec_from_file_location("faulty_ports", PORTS)
@@ -217,3 +219,29 @@ def test_an_odd_second_description(again, text):
     assert case is not None
     (found,) = [v.message for v in Session(port, about, plan).verdict(prop, case)[0]]
     assert found.startswith(f"describe(): {text}")
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def conform(port):
+    arguments = ("conform", f"{PORTS}:{port}", "--profile", "smoke", "--select", "FM-2", "--seed", "3")
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_port_that_interrupts_itself_crashes(tmp_path, monkeypatch, capfd):
+    """Ctrl-C does not reach a worker process: what looks like it is the port's."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = conform("interrupt")
+    assert (code, err) == (1, "")
+    assert "NOT CONFORMING" in out
+    assert "feature_map raised KeyboardInterrupt: by itself" in out
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_the_contract_does_not_know_is_left_alone(tmp_path, monkeypatch):
+    """`close` is that of the suite's own wire client; a port may mean anything by it, and by `clauses`."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = conform("Extras")
+    assert (code, err) == (0, ""), out

@@ -107,6 +107,26 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
     return about
 
 
+def _is_wire_port(backend: Any) -> bool:
+    from rattention.conformance.wire.client import Port
+
+    return issubclass(type(backend), Port)
+
+
+def wire_clauses(backend: Any) -> tuple[str, ...]:
+    """What every call of a port behind the wire exercises beside the call itself."""
+    return backend.clauses if _is_wire_port(backend) else ()
+
+
+def close(backend: Any) -> None:
+    """Stop the process of a port behind the wire. Nothing else has one that the suite started.
+
+    The contract knows no such method: a `close` of the backend's own is for others to call, and may do anything.
+    """
+    if _is_wire_port(backend):
+        backend.close()
+
+
 def cost(name: str) -> str:
     """What a registered backend says that its programs cost: direct, compiled or interpreted."""
     return str(describe(resolve(name), name).get("cost") or "direct")

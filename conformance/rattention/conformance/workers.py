@@ -59,18 +59,18 @@ def serve(pipe: Connection, target: str, plan: Plan, select: str) -> None:
             for unit in units:
                 try:
                     answer = session.run(unit) if what == "run" else session.minimise(unit)
-                except BaseException as error:
+                except KeyboardInterrupt:
+                    # Not from the terminal (see `without_interrupts`): the backend interrupts the process that it runs
+                    # in, as its calls of interrupt_main or of a thread do. It has taken its process down.
+                    os._exit(1)
+                except BaseException:
                     # The suite itself failed: say where, and let the parent stop the run.
                     import traceback
 
                     pipe.send(("fault", f"{unit.property_name}: {unit.recipe.describe()}\n{traceback.format_exc()}"))
-                    if isinstance(error, KeyboardInterrupt):
-                        raise
                     return
                 pipe.send(("done", answer))
-    stop = getattr(backend, "close", None)
-    if callable(stop):
-        stop()
+    backends.close(backend)
 
 
 class SuiteFault(Exception):
