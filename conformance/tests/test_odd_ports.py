@@ -1,15 +1,19 @@
 """Ports that answer what nobody foresaw are judged like others: a fault of theirs is no fault of the suite."""
 
 import importlib.util
+import json
+import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rattention.conformance import backends
 from rattention.conformance.cli import app
 from rattention.conformance.properties import REGISTRY, make_case
-from rattention.conformance.session import Session
+from rattention.conformance.runner import Settings, plan_units
+from rattention.conformance.session import Session, Unit
 from rattention.conformance.strategies import make_plan
 from rattention.numpy.adapter import backend as honest
 from rattention.spec import SpecError, Unsupported
@@ -195,24 +199,47 @@ def test_metadata_of_any_kind():
     [
         ({"operations": ["feature_map", ["rms_mix"]]}, "operations holds ['rms_mix'], which"),
         ({"dtypes": ["float32", {}]}, "dtypes holds {}, which"),
-        ({"spec_version": Mute()}, "spec_version (Mute, whose repr() raises RuntimeError), this suite checks"),
+        ({"spec_version": Mute()}, "spec_version is or holds (Mute) (Mute, whose repr() raises RuntimeError)"),
+        ({"name": Mute()}, "name is or holds (Mute)"),
+        ({"operations": 3}, "operations is int: 3"),
+        ({"dtypes": 3}, "dtypes is int: 3"),
+        ({"capabilities": ["rope", ["x"]]}, "capabilities must be a list of names, not ['rope', ['x']]"),
+        ({"tile_sizes": {"T": [Mute()], "window": [], "D": []}}, "tile_sizes['T'] must be a list of positive ints"),
+        ({"limits": {"D": {"maximum": "x"}}}, "the limit of D has maximum 'x'"),
+        ({"limits": {"D": {"max": 3}}}, "the limit of D has the key 'max', expected"),
+        ({"limits": {"D": "all"}}, "the limit of D is 'all', expected"),
+        ({"limits": {"D": [Mute()]}}, "limits is or holds (Mute)"),
+        ({"kernels": 7}, "kernels is int: 7"),
+        ({"cost": ["x"]}, "cost is ['x'], expected one of direct"),
+        ({Mute(): 3, "cost": "cheap"}, "cost is 'cheap', expected one of direct"),
     ],
 )
 def test_an_odd_description(about, text):
-    assert any(text in m for m in messages(honest.run, "description", "rattention", **about))
+    port = ports.Port(honest.run)
+    port.about = about
+    described = backends.describe(port, "port")
+    plan, prop = make_plan("smoke", 1, described), REGISTRY["description"]
+    session = Session(port, described, plan)
+    found = session.run(Unit(0, prop.name, next(iter(prop.draw(plan)))))
+    assert [v.message for v in found.violations if text in v.message], found.violations
+    json.dumps(described)
+    pickle.dumps(plan)
+    # And the others are drawn and run as they are for anyone.
+    for unit in plan_units(plan, Settings("smoke", 1))[:3]:
+        session.run(unit)
 
 
 @pytest.mark.parametrize(
     ("again", "text"),
     [
-        (lambda about: {**about, "more": np.zeros(2)}, "a second call, held against the first, raises ValueError"),
-        (lambda about: about["more to say"], "a second call, held against the first, raises KeyError: 'more to say'"),
+        (lambda about: {**about, "more": np.zeros(2)}, "a second call gives another answer"),
+        (lambda about: about["more to say"], "a second call raises KeyError: 'more to say'"),
         (lambda about: {**about, "name": "two"}, "a second call gives another answer"),
     ],
 )
 def test_an_odd_second_description(again, text):
     port = ports.Port(honest.run)
-    about = {**port.describe(), "more": np.ones(2)}
+    about = backends.describe(ports.Port(honest.run, more=np.ones(2)), "port")
     prop, plan = REGISTRY["description"], make_plan("smoke", 1, about)
     port.describe = lambda: again(about)
     case = make_case(prop, plan, next(iter(prop.draw(plan))))

@@ -14,8 +14,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from rattention.conformance.description import names, plain
 from rattention.conformance.told import by_user, told
-from rattention.spec import Unsupported
+from rattention.spec import Unsupported, load
 
 GROUP = "rattention.backends"
 BUILT_IN = {
@@ -96,6 +97,7 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
     """
     try:
         about = backend.describe()
+        found = plain(about)  # a mapping of the backend's own class may fail as late as here
     except CannotRun:
         raise
     except BaseException as error:  # SystemExit included: its status would pass for a verdict
@@ -104,7 +106,7 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
         raise CannotRun(f"{text} does not describe itself: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(about, Mapping):
         raise CannotRun(f"{text} does not describe itself: describe() gave {type(about).__name__}, not a mapping")
-    return about
+    return found
 
 
 def _is_wire_port(backend: Any) -> bool:
@@ -151,18 +153,18 @@ def runnable(names: list[str] | None = None) -> tuple[list[str], dict[str, str]]
 
 def _probe(backend: Any, about: Mapping[str, Any], name: str) -> None:
     """Raise CannotRun where one tiny call of a declared operation is refused for want of something."""
-    dtypes = about.get("dtypes") or ("float32",)
+    dtypes = [dtype for dtype in names(about, "dtypes") if dtype in load().storage_dtypes] or ["float32"]
     calls: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "sliding_window_attention": (("q", "k", "v"), {"window": 1}),
         "rattention": (("q", "k", "v", "swa_weight", "rla_weight"), {"window": 1}),
     }
-    op = next((op for op in calls if op in (about.get("operations") or ())), None)
+    op = next((op for op in calls if op in names(about, "operations")), None)
     if op is None:
         return
-    names, attrs = calls[op]
+    given, attrs = calls[op]
     storage = np.dtype(getattr(ml_dtypes, dtypes[0], dtypes[0]))
     tensors = {
-        n: np.ones((1, 2, 1, 4) if len(n) == 1 else (1, 4), storage if len(n) == 1 else np.float32) for n in names
+        n: np.ones((1, 2, 1, 4) if len(n) == 1 else (1, 4), storage if len(n) == 1 else np.float32) for n in given
     }
     try:
         backend.run(op, tensors, attrs)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from rattention.conformance.case import Case
+from rattention.conformance.description import names
 from rattention.conformance.judge import Violation, compare
 from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
@@ -118,15 +119,16 @@ class Context:
     def entitled(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> str:
         """Why the backend may answer Unsupported to this valid call, or "" where its description promises the call."""
         about = self.describe
-        if op not in (about.get("operations") or ()):
+        if op not in names(about, "operations"):
             return f"operation {op} is not declared"
         call = validate(op, tensors, attrs)
-        if call.storage not in (about.get("dtypes") or ()):
+        if call.storage not in names(about, "dtypes"):
             return f"dtype {call.storage} is not declared"
-        lacking = load().needs(tensors) - set(about.get("capabilities") or ())
+        lacking = load().needs(tensors) - set(names(about, "capabilities"))
         if lacking:
             return "capability not declared: " + ", ".join(sorted(lacking))
-        for name, bound in dict(about.get("limits") or {}).items():
+        limits = about.get("limits")
+        for name, bound in (limits if isinstance(limits, Mapping) else {}).items():
             value = call.dims.get(name, call.attributes.get(name))
             if name in call.dims or name in call.attributes:
                 reason = outside(name, value, bound)
@@ -155,8 +157,8 @@ class Context:
         shapes = call.output_shapes()
         dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
         if set(outputs) != set(shapes):
-            names = f"[{', '.join(sorted(map(shown, outputs)))}]"  # anything hashable may be among them
-            self._break(label, f"{op} returned {names}, expected {sorted(shapes)}", "structure")
+            got = f"[{', '.join(sorted(map(shown, outputs)))}]"  # anything hashable may be among them
+            self._break(label, f"{op} returned {got}, expected {sorted(shapes)}", "structure")
         for name, shape in shapes.items():
             x = outputs[name]
             # No subclass: a mask, say, hides elements from every comparison.
@@ -166,7 +168,7 @@ class Context:
                 got, want = f"{x.dtype}{list(x.shape)}", f"{dtypes[name]}{list(shape)}"
                 self._break(label, f"{op}: {name} is {got}, expected {want}", "structure")
         claimed = self.describe.get("kernels")
-        if claimed and str(op) in (self.describe.get("operations") or ()):
+        if claimed and str(op) in names(self.describe, "operations"):
             self._kernels(op, call.dims, result, claimed)
         return outputs
 

@@ -48,6 +48,15 @@ def end_with_parent() -> None:
 def serve(pipe: Connection, target: str, plan: Plan, select: str) -> None:
     """The life of a worker: load, then answer ("run" | "minimise", units) with one message per unit."""
     end_with_parent()
+    try:
+        _answer(pipe, target, plan, select)
+    except KeyboardInterrupt:
+        # Not from the terminal (see `without_interrupts`): a thread of the backend interrupts the process that it runs
+        # in. The backend has taken its process down.
+        os._exit(1)
+
+
+def _answer(pipe: Connection, target: str, plan: Plan, select: str) -> None:
     backend = backends.resolve(target)
     session = Session(backend, backends.describe(backend, target), plan, select)
     pipe.send(("ready", None))
@@ -60,9 +69,7 @@ def serve(pipe: Connection, target: str, plan: Plan, select: str) -> None:
                 try:
                     answer = session.run(unit) if what == "run" else session.minimise(unit)
                 except KeyboardInterrupt:
-                    # Not from the terminal (see `without_interrupts`): the backend interrupts the process that it runs
-                    # in, as its calls of interrupt_main or of a thread do. It has taken its process down.
-                    os._exit(1)
+                    raise
                 except BaseException:
                     # The suite itself failed: say where, and let the parent stop the run.
                     import traceback

@@ -9,11 +9,12 @@ import numpy as np
 from rattention.conformance.badcalls import bad_call, bad_names, base_call
 from rattention.conformance.case import Case
 from rattention.conformance.context import Context, PortFailure
+from rattention.conformance.description import foreign, limit_fault, names, plain
 from rattention.conformance.features import exercised
 from rattention.conformance.judge import Violation
 from rattention.conformance.properties.base import register
 from rattention.conformance.strategies import Plan, Recipe, build
-from rattention.conformance.strategies.plan import DTYPES, supported
+from rattention.conformance.strategies.plan import COSTS, DTYPES, supported
 from rattention.conformance.strategies.pools import OPTIONS
 from rattention.conformance.told import by_user, crash, reason_of, shown, told
 from rattention.spec import SpecError, Unsupported, load
@@ -50,7 +51,7 @@ def check_bad(ctx: Context, case: Case) -> list[Violation]:
     before = {n: x.copy() for n, x in case.tensors.items()}
     clauses = case.clauses
     ctx.calls += 1
-    if case.op not in (ctx.describe.get("operations") or ()):
+    if case.op not in names(ctx.describe, "operations"):
         return []
     try:
         ctx.call(case.op, case.tensors, case.attrs)
@@ -131,7 +132,7 @@ def check_describe(ctx: Context, case: Case) -> list[Violation]:
     """Keys, types and known names; Unsupported, with a reason, for an operation that is not declared."""
     if case.params["what"] == "describe":
         return _description(ctx)
-    if case.params["what"] == "beyond" or case.op in (ctx.describe.get("operations") or ()):
+    if case.params["what"] == "beyond" or case.op in names(ctx.describe, "operations"):
         # Not declared: a refusal is right, and so is the right answer; an option that is quietly ignored is not.
         got = ctx.run(case.op, case.tensors, case.attrs)
         return ctx.judge(case, got, ctx.bounds(case.op, case.tensors, case.attrs), ("BCK-3", "BCK-1"), record=False)
@@ -159,29 +160,42 @@ def _description(ctx: Context) -> list[Violation]:
         if key not in about:
             wrong(f"key {key!r} is missing")
         elif not isinstance(about[key], kind):
-            wrong(f"{key} is {type(about[key]).__name__}")
+            wrong(f"{key} is {type(about[key]).__name__}: {shown(about[key])}")
+        elif foreign(about[key]):
+            wrong(f"{key} is or holds {foreign(about[key])}")
     if told(about.get("spec_version")) != spec.version:
         wrong(f"spec_version {shown(about.get('spec_version'))}, this suite checks {spec.version!r}")
     known = {"operations": set(spec.operations), "dtypes": set(spec.storage_dtypes)}
-    for key, names in known.items():
+    for key, allowed in known.items():
         values = about.get(key) if isinstance(about.get(key), list | tuple) else ()
         for name in values or ():
-            if not isinstance(name, str) or name not in names:
+            if not isinstance(name, str) or name not in allowed:
                 wrong(f"{key} holds {shown(name)}, which the specification does not know")
         if key in about and not values:
             wrong(f"{key} is empty")
+    capable = about.get("capabilities")
+    if isinstance(capable, list | tuple) and not all(isinstance(name, str) for name in capable):
+        wrong(f"capabilities must be a list of names, not {shown(capable)}")
     tiles = about.get("tile_sizes")
     for key in ("T", "window", "D"):
         sizes = tiles.get(key) if isinstance(tiles, Mapping) else None
         if not isinstance(sizes, list | tuple) or not all(isinstance(s, int) and s > 0 for s in sizes):
             wrong(f"tile_sizes[{key!r}] must be a list of positive ints, not {shown(sizes)}")
+    limits = about.get("limits")
+    for name, bound in (limits if isinstance(limits, Mapping) else {}).items():
+        if limit_fault(bound):
+            wrong(f"the limit of {name} {limit_fault(bound)}")
+    if "kernels" in about and not isinstance(about["kernels"], list | tuple):
+        wrong(f"kernels is {type(about['kernels']).__name__}: {shown(about['kernels'])}")
+    if "cost" in about and about["cost"] not in COSTS:
+        wrong(f"cost is {shown(about['cost'])}, expected one of {', '.join(COSTS)}")
     try:
-        if ctx.backend.describe() != about:
+        if plain(ctx.backend.describe()) != plain(about):
             wrong("a second call gives another answer")
     except BaseException as error:
         if by_user(error):
             raise
-        wrong(f"a second call, held against the first, raises {crash(error)}")
+        wrong(f"a second call raises {crash(error)}")
     return found
 
 
