@@ -162,7 +162,24 @@ def hanging(op: str, t: Tensors, a: Attrs) -> Any:
     return honest.run(op, t, a)
 
 
+def interrupting(op: str, t: Tensors, a: Attrs) -> Any:
+    if a.get("feature_map") == "relu":
+        raise KeyboardInterrupt("by itself")
+    return honest.run(op, t, a)
+
+
+class Extras:
+    """An honest port with attributes of its own, under names that the suite's wire client has too."""
+
+    describe, run = honest.describe, honest.run
+    clauses = 3
+
+    def close(self) -> None:
+        raise RuntimeError("not yours to close")
+
+
 crash = Port(crashing)
 hang = Port(hanging)
+interrupt = Port(interrupting)
 zero = Port(always_zero)
 honest_by_name = honest

@@ -144,6 +144,24 @@ def test_a_wrong_argument_exits_2(arguments):
     assert call(*arguments)[0] == 2
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("conform", "numpy", "--profile", "smoke", "--select", "ROPE", "--report", ""),
+        ("conform", "numpy", "--profile", "smoke", "--select", "ROPE", "--vectors", ""),
+        ("mutants", "--select", "always-zero", "--report", ""),
+        ("vectors", "export", ""),
+        ("vectors", "check", "", "numpy"),
+    ],
+)
+def test_an_empty_name_is_not_the_working_directory(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, output = call(*arguments)
+    assert code == 2
+    assert "empty" in output
+    assert not list(tmp_path.iterdir())
+
+
 def test_ops_lists_operations_and_clauses():
     code, output = call("ops")
     assert code == 0

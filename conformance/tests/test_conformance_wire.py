@@ -94,6 +94,14 @@ def test_an_honest_port_answers(port, opened):
         ("say(dict(reply='result', id=m['id'])); continue", "no usable output file", "WIRE-2"),
         ("open(m['outputs'], 'w').write('x'); say(dict(reply='result', id=m['id'])); continue", "usable", "WIRE-2"),
         ("say(dict(reply='error', id=m['id'], message='out of memory')); continue", "out of memory", "WIRE-3"),
+        ("say(dict(reply='result', id=m['id'], metadata=dict(x=float('nan')))); continue", "NaN is no JSON", "WIRE-1"),
+        (
+            "print('{\"id\": 0, ' + json.dumps(dict(reply='result', id=m['id']))[1:], flush=True); continue",
+            "the key 'id' comes twice",
+            "WIRE-1",
+        ),
+        ("os.mkfifo(m['outputs']); say(dict(reply='result', id=m['id'])); continue", "no regular file", "WIRE-2"),
+        ("os.mkdir(m['outputs']); say(dict(reply='result', id=m['id'])); continue", "no regular file", "WIRE-2"),
     ],
 )
 def test_a_bad_answer_fails_its_case_alone(port, opened, mischief, text, clause):
@@ -104,6 +112,12 @@ def test_a_bad_answer_fails_its_case_alone(port, opened, mischief, text, clause)
         p.run("feature_map", X, {})
     assert failure.value.clause == clause
     assert p.run("feature_map", X, {})["out"].shape == (1, 2, 1, 8)
+
+
+def test_metadata_may_have_any_names(port, opened):
+    change = "say(dict(reply='result', id=m['id'], metadata=dict(self=1, outputs=2)))"
+    opened.append(p := Port(port(change=f"tensorfile.write(m['outputs'], out); {change}; continue")))
+    assert p.run("feature_map", X, {}).metadata == {"self": 1, "outputs": 2}
 
 
 def test_an_undeclared_operation_is_refused_by_the_client(port, opened):

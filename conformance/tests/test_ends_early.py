@@ -176,6 +176,40 @@ def test_a_terminal_that_takes_nothing_ends_no_run(number, told, capsys):
     assert said.count("stdout could not be written") == told
 
 
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    ("stream", "arguments"),
+    [
+        ("stdout", ("--help",)),
+        ("stdout", ("conform", "--help")),
+        ("stderr", ("bogus",)),
+        ("stderr", ("conform", "bogus")),
+        ("stderr", ("vectors",)),
+    ],
+)
+def test_words_of_the_command_line_on_a_full_disk(stream, arguments):
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with FULL.open("w") as full:
+        command = [sys.executable, "-m", "rattention.conformance.cli", *arguments]
+        found = subprocess.run(command, text=True, check=False, **{**streams, stream: full})
+    assert found.returncode == 2
+    if stream == "stdout":
+        assert found.stderr == "rattention: stdout could not be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("conform", "--help")])
+def test_a_reader_that_leaves_before_the_help(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "rattention.conformance.cli", *arguments]
+    with os.fdopen(write, "w") as gone:
+        found = subprocess.run(command, text=True, check=False, stdout=gone, stderr=subprocess.PIPE)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_a_reader_that_leaves_early_changes_no_exit_code():
     if not Path("/bin/sh").exists():
         pytest.skip("this system has no /bin/sh")

@@ -14,7 +14,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from rattention.spec import Unsupported
+from rattention.conformance.description import names, plain
+from rattention.conformance.told import by_user, told
+from rattention.spec import Unsupported, load
 
 GROUP = "rattention.backends"
 BUILT_IN = {
@@ -72,14 +74,14 @@ def resolve(text: str) -> Any:
     except CannotRun:
         raise
     except BaseException as error:  # whatever a third party's module does at import, SystemExit included
-        if isinstance(error, KeyboardInterrupt):
+        if by_user(error):
             raise
         raise CannotRun(f"{text} does not load: {type(error).__name__}: {_one_line(error)}") from error
     if isinstance(backend, type):
         try:
             backend = backend()
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
+            if by_user(error):
                 raise
             raise CannotRun(f"{text} does not start: {type(error).__name__}: {_one_line(error)}") from error
     if not callable(getattr(backend, "run", None)) or not callable(getattr(backend, "describe", None)):
@@ -95,15 +97,36 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
     """
     try:
         about = backend.describe()
+        found = plain(about)  # a mapping of the backend's own class may fail as late as here
     except CannotRun:
         raise
     except BaseException as error:  # SystemExit included: its status would pass for a verdict
-        if isinstance(error, KeyboardInterrupt):
+        if by_user(error):
             raise
         raise CannotRun(f"{text} does not describe itself: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(about, Mapping):
         raise CannotRun(f"{text} does not describe itself: describe() gave {type(about).__name__}, not a mapping")
-    return about
+    return found
+
+
+def _is_wire_port(backend: Any) -> bool:
+    from rattention.conformance.wire.client import Port
+
+    return issubclass(type(backend), Port)
+
+
+def wire_clauses(backend: Any) -> tuple[str, ...]:
+    """What every call of a port behind the wire exercises beside the call itself."""
+    return backend.clauses if _is_wire_port(backend) else ()
+
+
+def close(backend: Any) -> None:
+    """Stop the process of a port behind the wire. Nothing else has one that the suite started.
+
+    The contract knows no such method: a `close` of the backend's own is for others to call, and may do anything.
+    """
+    if _is_wire_port(backend):
+        backend.close()
 
 
 def cost(name: str) -> str:
@@ -130,26 +153,26 @@ def runnable(names: list[str] | None = None) -> tuple[list[str], dict[str, str]]
 
 def _probe(backend: Any, about: Mapping[str, Any], name: str) -> None:
     """Raise CannotRun where one tiny call of a declared operation is refused for want of something."""
-    dtypes = about.get("dtypes") or ("float32",)
+    dtypes = [dtype for dtype in names(about, "dtypes") if dtype in load().storage_dtypes] or ["float32"]
     calls: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "sliding_window_attention": (("q", "k", "v"), {"window": 1}),
         "rattention": (("q", "k", "v", "swa_weight", "rla_weight"), {"window": 1}),
     }
-    op = next((op for op in calls if op in (about.get("operations") or ())), None)
+    op = next((op for op in calls if op in names(about, "operations")), None)
     if op is None:
         return
-    names, attrs = calls[op]
+    given, attrs = calls[op]
     storage = np.dtype(getattr(ml_dtypes, dtypes[0], dtypes[0]))
     tensors = {
-        n: np.ones((1, 2, 1, 4) if len(n) == 1 else (1, 4), storage if len(n) == 1 else np.float32) for n in names
+        n: np.ones((1, 2, 1, 4) if len(n) == 1 else (1, 4), storage if len(n) == 1 else np.float32) for n in given
     }
     try:
         backend.run(op, tensors, attrs)
     except Unsupported as refusal:
-        raise CannotRun(f"{name}: {refusal}") from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+        raise CannotRun(f"{name}: {told(refusal)}") from None
+    except BaseException as error:
+        if by_user(error):
+            raise
         return  # a fault, which the suite reports in full
 
 
@@ -177,5 +200,5 @@ def _from_file(path: Path) -> Any:
 
 
 def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
+    text = told(error).strip()
     return text.splitlines()[0] if text else "no message"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rattention.conformance import backends
-from rattention.conformance.output import Commands, Terminal, any_text, cannot, warn
+from rattention.conformance.output import Commands, Terminal, any_text, cannot, named, warn
 from rattention.spec import load
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -53,7 +53,10 @@ class Profile(StrEnum):
 
 BACKEND_HELP = "NAME, all, path/to/file.py:ATTRIBUTE, MODULE:ATTRIBUTE, or exec:COMMAND"
 Backend = Annotated[str, typer.Argument(help=BACKEND_HELP)]
-ReportOption = Annotated[Path | None, typer.Option(help="write report.json, junit.xml, report.html and the cases here")]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(help="write report.json, junit.xml, report.html and the cases here", parser=named, metavar="<path>"),
+]
 SEED_HELP = "the same seed gives the same cases"
 SeedOption = Annotated[int | None, typer.Option(help=f"{SEED_HELP}; default: a fresh one, printed")]
 ProfileOption = Annotated[Profile, typer.Option(help="how much to run")]
@@ -102,6 +105,8 @@ def conform(
     if select and select not in known | set(REGISTRY):
         cannot(f"--select {select}: no clause, operation or property of that name")
     chosen = secrets.randbelow(2**31) if seed is None else seed
+    if "" in (vectors or ()):
+        cannot("--vectors: the name of a file or folder is empty")
     # Absolute: a backend may change the working directory.
     paths = [Path(path).absolute() for path in vectors or default_vectors(profile.value)]
     files = [file for path in paths for file in stored.list_set(path)]
@@ -286,7 +291,9 @@ def replay(
 def mutants(
     profile: ProfileOption = Profile.quick,
     seed: Annotated[int | None, typer.Option(help=f"{SEED_HELP}; default: that of continuous integration")] = None,
-    report: Annotated[Path | None, typer.Option(help="write mutants.json and coverage.md here")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write mutants.json and coverage.md here", parser=named, metavar="<path>")
+    ] = None,
     select: Annotated[str, typer.Option(help="run only the mutants whose name contains this")] = "",
 ) -> None:
     """Run the suite against every mutant of the catalogue: a survivor is a hole in the suite."""
@@ -300,7 +307,7 @@ def mutants(
 
 @vectors_app.command("export")
 def vectors_export(
-    folder: Annotated[Path, typer.Argument(help="where the set is written")],
+    folder: Annotated[Path, typer.Argument(help="where the set is written", parser=named)],
     profile: ProfileOption = Profile.smoke,
     seed: Annotated[int, typer.Option(help=SEED_HELP)] = 0,
 ) -> None:
@@ -328,6 +335,8 @@ def vectors_check(
     *folders, backend = arguments
     if len(folders) > 1:
         cannot(f"vectors check takes FOLDER and BACKEND, or BACKEND alone; {len(arguments)} arguments came")
+    if "" in folders:
+        cannot("vectors check: the name of a file or folder is empty")
     found = folders or default_vectors()
     if not found:
         cannot("the stored vectors are missing: the installation is incomplete")

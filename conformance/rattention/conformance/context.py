@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from rattention.conformance.case import Case
+from rattention.conformance.description import names
 from rattention.conformance.judge import Violation, compare
 from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
 from rattention.conformance.strategies.plan import outside
+from rattention.conformance.told import by_user, clause_of, crash, reason_of, shown, told
 from rattention.spec import Result, SpecError, Unsupported, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")
@@ -68,25 +69,20 @@ class Context:
             result = self.call(op, getattr(tensors, "whole", tensors), attrs)
         except Unsupported as refusal:
             self._unsupported(op, tensors, attrs, refusal)
-            raise Refused(str(refusal)) from None
+            raise Refused(told(refusal)) from None
         except SpecError as error:
-            self._break(("BCK-5", error.clause), f"a valid call was refused: {error}", "refusal")
+            self._break(("BCK-5", *clause_of(error)), f"a valid call was refused: {told(error)}", "refusal")
         except PortFailure as failure:
             self._break((failure.clause, "BCK-3"), str(failure), "crash")
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # a backend may fail in any way it likes, SystemExit included
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            self._break(
-                ("BCK-3",),
-                f"{op} raised {type(error).__name__}: {error} ({where.name}, line {where.lineno})",
-                "crash",
-            )
+            if by_user(error):
+                raise
+            self._break(("BCK-3",), f"{op} raised {crash(error)}", "crash")
         finally:
             self._unmodified(op, tensors, before)
-        self._structure(op, tensors, attrs, result)
-        self._memory(op, tensors, result)
-        return dict(result)
+        outputs = self._structure(op, tensors, attrs, result)
+        self._memory(op, tensors, outputs)
+        return outputs
 
     def call(self, op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
         """The backend alone, on mappings of its own: what it does to them is a fault (ERR-13) and ends there."""
@@ -95,11 +91,11 @@ class Context:
             return self.backend.run(op, *lent)
         finally:
             for what, given, now in (("tensor", tensors, lent[0]), ("attribute", attrs, lent[1])):
-                for name in sorted(given.keys() | now.keys()):
+                for name in sorted(given.keys() | now.keys(), key=told):
                     if name not in given or name not in now or given[name] is not now[name]:
                         how = "removed" if name not in now else "replaced" if name in given else "added"
-                        message = f"{op} {how} the {what} {name} in the caller's mapping"
-                        self.violations.append(Violation(("ERR-13",), message, "mutation", name))
+                        message = f"{op} {how} the {what} {told(name)} in the caller's mapping"
+                        self.violations.append(Violation(("ERR-13",), message, "mutation", told(name)))
 
     def run_raw(self, op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """As `run`, for a call that names absent tensors as None."""
@@ -114,25 +110,25 @@ class Context:
     ) -> None:
         """BCK-3: what is declared runs, and a refusal has a reason."""
         entitled = self.entitled(op, tensors, attrs)
-        if not str(getattr(refusal, "reason", refusal)).strip():
+        if not reason_of(refusal):
             self.violations.append(Violation(("BCK-3",), f"{op}: Unsupported without a reason", "refusal"))
         if not entitled:
-            self._break(
-                ("BCK-3", "BCK-1"), f"{op}: declared, and refused all the same: Unsupported({refusal})", "refusal"
-            )
+            message = f"{op}: declared, and refused all the same: Unsupported({told(refusal)})"
+            self._break(("BCK-3", "BCK-1"), message, "refusal")
 
     def entitled(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> str:
         """Why the backend may answer Unsupported to this valid call, or "" where its description promises the call."""
         about = self.describe
-        if op not in (about.get("operations") or ()):
+        if op not in names(about, "operations"):
             return f"operation {op} is not declared"
         call = validate(op, tensors, attrs)
-        if call.storage not in (about.get("dtypes") or ()):
+        if call.storage not in names(about, "dtypes"):
             return f"dtype {call.storage} is not declared"
-        lacking = load().needs(tensors) - set(about.get("capabilities") or ())
+        lacking = load().needs(tensors) - set(names(about, "capabilities"))
         if lacking:
             return "capability not declared: " + ", ".join(sorted(lacking))
-        for name, bound in dict(about.get("limits") or {}).items():
+        limits = about.get("limits")
+        for name, bound in (limits if isinstance(limits, Mapping) else {}).items():
             value = call.dims.get(name, call.attributes.get(name))
             if name in call.dims or name in call.attributes:
                 reason = outside(name, value, bound)
@@ -140,32 +136,49 @@ class Context:
                     return reason
         return ""
 
-    def _structure(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any], result: Any) -> None:
-        """BCK-2, GRAD-6 and BCK-4: names, shapes, dtypes, and the path taken."""
+    def _structure(
+        self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any], result: Any
+    ) -> dict[str, np.ndarray]:
+        """BCK-2, GRAD-6 and BCK-4: names, shapes, dtypes, and the path taken. The outputs, in a dict of our own."""
         label = ("GRAD-6", "BCK-2") if op.endswith(".vjp") else ("BCK-2",)
-        if not isinstance(result, Mapping):
+        outputs: dict[str, np.ndarray] = {}
+        try:
+            mapping = isinstance(result, Mapping)
+            outputs = dict(result) if mapping else {}
+        except BaseException as error:  # a mapping of a class of the backend's own may fail like the call itself
+            if by_user(error):
+                raise
+            self._break(
+                label, f"{op} returned {type(result).__name__}, which cannot be read: {crash(error)}", "structure"
+            )
+        if not mapping:
             self._break(label, f"{op} returned {type(result).__name__}, not a mapping of outputs", "structure")
         call = validate(op, tensors, attrs)
         shapes = call.output_shapes()
         dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
-        if set(result) != set(shapes):
-            self._break(label, f"{op} returned {sorted(result)}, expected {sorted(shapes)}", "structure")
+        if set(outputs) != set(shapes):
+            got = f"[{', '.join(sorted(map(shown, outputs)))}]"  # anything hashable may be among them
+            self._break(label, f"{op} returned {got}, expected {sorted(shapes)}", "structure")
         for name, shape in shapes.items():
-            x = result[name]
-            if not isinstance(x, np.ndarray):
+            x = outputs[name]
+            # No subclass: a mask, say, hides elements from every comparison.
+            if type(x) is not np.ndarray:
                 self._break(label, f"{op}: {name} is {type(x).__name__}, not a NumPy array", "structure")
             if x.shape != shape or str(x.dtype) != dtypes[name]:
                 got, want = f"{x.dtype}{list(x.shape)}", f"{dtypes[name]}{list(shape)}"
                 self._break(label, f"{op}: {name} is {got}, expected {want}", "structure")
         claimed = self.describe.get("kernels")
-        if claimed and str(op) in (self.describe.get("operations") or ()):
+        if claimed and str(op) in names(self.describe, "operations"):
             self._kernels(op, call.dims, result, claimed)
+        return outputs
 
     def _kernels(self, op: str, dims: Mapping[str, int], result: Any, claimed: Any) -> None:
         metadata = result.metadata if isinstance(result, Result) else {}
-        launched = list(metadata.get("kernels") or ())
+        metadata = metadata if isinstance(metadata, dict) else {}
+        named = metadata.get("kernels")
+        launched = [told(k) for k in named] if isinstance(named, list | tuple | set) else []
         empty = 0 in [dims.get(size, 1) for size in (("M",) if str(op).startswith("rope_table") else ("B", "T"))]
-        path = str(metadata.get("path", ""))
+        path = told(metadata.get("path", ""))
         if empty:
             return
         if not launched or path in ("", "eager", "xla", "fallback"):
@@ -174,7 +187,8 @@ class Context:
                     ("BCK-4",), f"{op}: kernels are claimed, and the run took path {path!r} with {launched}", "law"
                 )
             )
-        unknown = [k for k in launched if not any(str(k).startswith(str(c)) for c in claimed)]
+        declared = [told(c) for c in claimed] if isinstance(claimed, list | tuple) else []
+        unknown = [k for k in launched if not any(k.startswith(c) for c in declared)]
         if unknown:
             self.violations.append(Violation(("BCK-4", "BCK-1"), f"{op}: ran kernels not declared: {unknown}", "law"))
 

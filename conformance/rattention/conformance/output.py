@@ -6,10 +6,12 @@ import contextlib
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from rattention.conformance.backends import CannotRun
+from rattention.conformance.told import told
 from rattention.conformance.vectors import CaseError
 from rich.console import Console
 from rich.markup import escape
@@ -35,19 +37,26 @@ class Terminal(Console):
     def lost(self, note: str) -> None:
         """Write to nothing from here on; what Python still holds for stdout would fail again when it ends."""
         self.quiet = True
-        with contextlib.suppress(OSError, ValueError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self.file.fileno())
-            os.close(nothing)
+        silence(self.file)
         if note:
             warn(note)
+
+
+def silence(stream: Any) -> None:
+    """Let a stream that cannot be written lead to nothing: what it still holds would fail again when Python ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
 
 
 def warn(text: str) -> None:
     """One line on stderr."""
     line = " ".join(str(text).split())
-    with contextlib.suppress(OSError):
+    try:
         Console(stderr=True, highlight=False).print(f"rattention: {escape(line)}", soft_wrap=True)
+    except OSError:
+        silence(sys.stderr)
 
 
 def cannot(text: str) -> NoReturn:
@@ -56,8 +65,33 @@ def cannot(text: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def named(text: str) -> Path:
+    """A path on the command line. Python takes the empty one, as of a shell variable that is not set, for "."."""
+    if not text:
+        raise typer.BadParameter("the name of a folder is empty")
+    return Path(text)
+
+
 class Commands(TyperGroup):
     """Exit code 1 means "not conforming" and nothing else: whatever ends a command early ends it with 2."""
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        try:
+            return super().main(*args, **settings)
+        except OSError:  # what is wrong with the command line could not be written to stderr
+            silence(sys.stderr)
+            sys.exit(2)
+
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **settings: Any) -> Any:
+        help_wanted = "--help" in args
+        try:
+            ctx = super().make_context(info_name, args, *rest, **settings)
+        except OSError as error:
+            if not help_wanted:
+                raise
+            _unread(error)
+        ctx.meta[HELP] = help_wanted
+        return ctx
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -71,8 +105,23 @@ class Commands(TyperGroup):
         except Exception as error:
             if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
                 raise  # the command line's own: a wrong argument, the end of a command
-            traceback.print_exc()
-            cannot(f"the suite itself failed: {type(error).__name__}: {error}")
+            if isinstance(error, OSError) and ctx.meta.get(HELP):
+                _unread(error)
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+            cannot(f"the suite itself failed: {type(error).__name__}: {told(error)}")
+
+
+HELP = "rattention.help"
+"""Whether --help is among the arguments, kept with the context of a command line."""
+
+
+def _unread(error: OSError) -> NoReturn:
+    """The help could not be written to stdout. Nothing is wrong where its reader just left, as `head` does."""
+    silence(sys.stdout)
+    if isinstance(error, BrokenPipeError):
+        raise typer.Exit(0)
+    cannot(f"stdout could not be written: {error.strerror or error}")
 
 
 def any_text() -> None:

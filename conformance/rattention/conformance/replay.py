@@ -8,7 +8,6 @@ from pathlib import Path
 from rattention.conformance import backends, vectors
 from rattention.conformance.case import Case
 from rattention.conformance.properties import REGISTRY
-from rattention.conformance.runner import close
 from rattention.conformance.session import Session
 from rattention.conformance.strategies import make_plan
 from rattention.conformance.vectors import CaseError
@@ -81,7 +80,7 @@ def replay(path: Path, target: str) -> tuple[list[str], bool]:
     try:
         return verdict_lines(session, case, path.name)
     finally:
-        close(session.ctx.backend)
+        backends.close(session.ctx.backend)
 
 
 def check_set(path: Path, target: str, told: Callable[[list[str]], None]) -> bool:
@@ -102,7 +101,7 @@ def check_set(path: Path, target: str, told: Callable[[list[str]], None]) -> boo
             refused += lines[0].startswith("unsupported")
             told(lines)
     finally:
-        close(session.ctx.backend)
+        backends.close(session.ctx.backend)
     told(
         [f"{len(files) - failed} of {len(files)} cases conform{f', {refused} of them unsupported' if refused else ''}"]
     )

@@ -130,10 +130,10 @@ def conform(
         session = Session(backend, about, plan, settings.select, oracle)
         _in_process(session, units, outcome, settings, progress)
     else:
-        close(backend)
+        backends.close(backend)
         _in_workers(Pool(target, plan, settings), plan, units, outcome, progress)
     if not local:
-        close(backend)
+        backends.close(backend)
     outcome.failures.sort(key=lambda f: f.index)
     outcome.seconds = time.perf_counter() - begin
     return outcome
@@ -207,10 +207,3 @@ def worth_shrinking(results: list[UnitResult]) -> list[int]:
             seen[key] += 1
             chosen.append(r.index)
     return chosen
-
-
-def close(backend: Any) -> None:
-    """Stop a port's process; other backends have nothing to close."""
-    stop = getattr(backend, "close", None)
-    if callable(stop):
-        stop()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rattention.conformance import vectors
+from rattention.conformance import backends, vectors
 from rattention.conformance.case import Case
 from rattention.conformance.context import Broken, Context, Refused, storage_of
 from rattention.conformance.diagnose import diagnose
@@ -83,7 +83,7 @@ class Session:
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
         if case is None or not self.selected(prop, case):
             return result
-        clauses = (*case.clauses, *getattr(self.ctx.backend, "clauses", ()))
+        clauses = (*case.clauses, *backends.wire_clauses(self.ctx.backend))
         clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
         result.op, result.dtype, result.clauses = case.op, storage_of(case), clauses
         if case.op not in load().operations:

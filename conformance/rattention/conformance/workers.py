@@ -48,6 +48,15 @@ def end_with_parent() -> None:
 def serve(pipe: Connection, target: str, plan: Plan, select: str) -> None:
     """The life of a worker: load, then answer ("run" | "minimise", units) with one message per unit."""
     end_with_parent()
+    try:
+        _answer(pipe, target, plan, select)
+    except KeyboardInterrupt:
+        # Not from the terminal (see `without_interrupts`): a thread of the backend interrupts the process that it runs
+        # in. The backend has taken its process down.
+        os._exit(1)
+
+
+def _answer(pipe: Connection, target: str, plan: Plan, select: str) -> None:
     backend = backends.resolve(target)
     session = Session(backend, backends.describe(backend, target), plan, select)
     pipe.send(("ready", None))
@@ -59,18 +68,16 @@ def serve(pipe: Connection, target: str, plan: Plan, select: str) -> None:
             for unit in units:
                 try:
                     answer = session.run(unit) if what == "run" else session.minimise(unit)
-                except BaseException as error:
+                except KeyboardInterrupt:
+                    raise
+                except BaseException:
                     # The suite itself failed: say where, and let the parent stop the run.
                     import traceback
 
                     pipe.send(("fault", f"{unit.property_name}: {unit.recipe.describe()}\n{traceback.format_exc()}"))
-                    if isinstance(error, KeyboardInterrupt):
-                        raise
                     return
                 pipe.send(("done", answer))
-    stop = getattr(backend, "close", None)
-    if callable(stop):
-        stop()
+    backends.close(backend)
 
 
 class SuiteFault(Exception):

@@ -108,9 +108,7 @@ def judge(mutant: Mutant, deck: Deck) -> Death:
     try:
         return _judge(mutant, backend, deck, begin)
     finally:
-        close = getattr(backend, "close", None)
-        if callable(close):
-            close()
+        backends.close(backend)
 
 
 def _judge(mutant: Mutant, backend: Any, deck: Deck, begin: float) -> Death:

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from rattention.conformance.badcalls import bad_call, bad_names, base_call
 from rattention.conformance.case import Case
-from rattention.conformance.context import Context, PortFailure, storage_of
+from rattention.conformance.context import Context, PortFailure
+from rattention.conformance.description import foreign, limit_fault, names, plain
 from rattention.conformance.features import exercised
 from rattention.conformance.judge import Violation
 from rattention.conformance.properties.base import register
 from rattention.conformance.strategies import Plan, Recipe, build
-from rattention.conformance.strategies.plan import DTYPES, supported
+from rattention.conformance.strategies.plan import COSTS, DTYPES, supported
 from rattention.conformance.strategies.pools import OPTIONS
+from rattention.conformance.told import by_user, crash, reason_of, shown, told
 from rattention.spec import SpecError, Unsupported, load
 
 ERRORS = tuple(label for label in load().judged if label.startswith("ERR") and label not in ("ERR-12", "ERR-13"))
@@ -37,7 +39,7 @@ def _make_bad(plan: Plan, recipe: Recipe) -> Case | None:
     if bad is None:
         return None
     clauses = tuple(dict.fromkeys((bad.clause, bad.raised_clause, "BCK-5")))
-    params = {"text": bad.text, "entry": entry, "target": target}
+    params = {"text": bad.text, "entry": entry, "target": target, "dtype": recipe.dtype}
     return Case(recipe.op, bad.tensors, bad.attrs, f"bad input {entry} ({target})", recipe.seed, clauses, params=params)
 
 
@@ -49,29 +51,36 @@ def check_bad(ctx: Context, case: Case) -> list[Violation]:
     before = {n: x.copy() for n, x in case.tensors.items()}
     clauses = case.clauses
     ctx.calls += 1
-    if case.op not in (ctx.describe.get("operations") or ()):
+    if case.op not in names(ctx.describe, "operations"):
         return []
     try:
         ctx.call(case.op, case.tensors, case.attrs)
     except SpecError as error:
-        if str(error) == want:
+        if told(error) == want:
             return _untouched(case, before)
-        message = f"{entry}: refused with other words: {str(error)!r}, expected {want!r}"
+        message = f"{entry}: refused with other words: {told(error)!r}, expected {want!r}"
         return [Violation(("BCK-5", *clauses), message, "refusal")]
     except PortFailure as failure:
         return [Violation((failure.clause, *clauses), f"{entry}: {failure}", "crash")]
     except Unsupported as refusal:
-        if ctx.entitled(case.op, *base_call(case.op, storage_of(case), case.seed or 0)):
+        if any(ctx.entitled(case.op, *base_call(case.op, dtype, case.seed or 0)) for dtype in _storages(case)):
             return []  # both invalid and beyond the backend: no one right answer
-        return [
-            Violation(clauses, f"{entry}: Unsupported({refusal}) for an invalid call, expected {want!r}", "refusal")
-        ]
-    except KeyboardInterrupt:
-        raise
+        message = f"{entry}: Unsupported({told(refusal)}) for an invalid call, expected {want!r}"
+        return [Violation(clauses, message, "refusal")]
     except BaseException as error:
-        message = f"{entry}: {type(error).__name__}: {str(error)[:200]}; expected SpecError: {want}"
+        if by_user(error):
+            raise
+        message = f"{entry}: {type(error).__name__}: {told(error)[:200]}; expected SpecError: {want}"
         return [Violation(clauses, message, "refusal")]
     return [Violation(clauses, f"{entry}: accepted; expected SpecError: {want}", "refusal")]
+
+
+def _storages(case: Case) -> list[str]:
+    """Storage dtypes of a bad call: of the valid call that was spoilt, and any other that is one. int32 is none."""
+    classed = (t.name for t in load().operations[case.op].tensors if t.dtype == "storage")
+    found = [str(case.tensors[name].dtype) for name in classed if name in case.tensors]
+    drawn = case.params.get("dtype")  # files of earlier versions do not say
+    return list(dict.fromkeys(d for d in (drawn, *found) if d in DTYPES)) or ["float32"]
 
 
 def _untouched(case: Case, before: Mapping[str, np.ndarray]) -> list[Violation]:
@@ -123,18 +132,20 @@ def check_describe(ctx: Context, case: Case) -> list[Violation]:
     """Keys, types and known names; Unsupported, with a reason, for an operation that is not declared."""
     if case.params["what"] == "describe":
         return _description(ctx)
-    if case.params["what"] == "beyond" or case.op in (ctx.describe.get("operations") or ()):
+    if case.params["what"] == "beyond" or case.op in names(ctx.describe, "operations"):
         # Not declared: a refusal is right, and so is the right answer; an option that is quietly ignored is not.
         got = ctx.run(case.op, case.tensors, case.attrs)
         return ctx.judge(case, got, ctx.bounds(case.op, case.tensors, case.attrs), ("BCK-3", "BCK-1"), record=False)
     try:
         ctx.call(case.op, case.tensors, case.attrs)
     except Unsupported as refusal:
-        if str(getattr(refusal, "reason", refusal)).strip():
+        if reason_of(refusal):
             return []
         return [Violation(("BCK-3",), f"{case.op}: Unsupported without a reason", "refusal")]
-    except Exception as error:
-        message = f"{case.op} is not declared: expected Unsupported, got {type(error).__name__}: {error}"
+    except BaseException as error:
+        if by_user(error):
+            raise
+        message = f"{case.op} is not declared: expected Unsupported, got {type(error).__name__}: {told(error)}"
         return [Violation(("BCK-3",), message, "refusal")]
     return [Violation(("BCK-3", "BCK-1"), f"{case.op} is not declared, yet it ran", "refusal")]
 
@@ -149,25 +160,42 @@ def _description(ctx: Context) -> list[Violation]:
         if key not in about:
             wrong(f"key {key!r} is missing")
         elif not isinstance(about[key], kind):
-            wrong(f"{key} is {type(about[key]).__name__}")
-    if str(about.get("spec_version")) != spec.version:
-        wrong(f"spec_version {about.get('spec_version')!r}, this suite checks {spec.version!r}")
+            wrong(f"{key} is {type(about[key]).__name__}: {shown(about[key])}")
+        elif foreign(about[key]):
+            wrong(f"{key} is or holds {foreign(about[key])}")
+    if told(about.get("spec_version")) != spec.version:
+        wrong(f"spec_version {shown(about.get('spec_version'))}, this suite checks {spec.version!r}")
     known = {"operations": set(spec.operations), "dtypes": set(spec.storage_dtypes)}
-    for key, names in known.items():
+    for key, allowed in known.items():
         values = about.get(key) if isinstance(about.get(key), list | tuple) else ()
         for name in values or ():
-            if name not in names:
-                wrong(f"{key} holds {name!r}, which the specification does not know")
+            if not isinstance(name, str) or name not in allowed:
+                wrong(f"{key} holds {shown(name)}, which the specification does not know")
         if key in about and not values:
             wrong(f"{key} is empty")
+    capable = about.get("capabilities")
+    if isinstance(capable, list | tuple) and not all(isinstance(name, str) for name in capable):
+        wrong(f"capabilities must be a list of names, not {shown(capable)}")
     tiles = about.get("tile_sizes")
     for key in ("T", "window", "D"):
         sizes = tiles.get(key) if isinstance(tiles, Mapping) else None
         if not isinstance(sizes, list | tuple) or not all(isinstance(s, int) and s > 0 for s in sizes):
-            wrong(f"tile_sizes[{key!r}] must be a list of positive ints, not {sizes!r}")
-    again = ctx.backend.describe()
-    if again != about:
-        wrong("a second call gives another answer")
+            wrong(f"tile_sizes[{key!r}] must be a list of positive ints, not {shown(sizes)}")
+    limits = about.get("limits")
+    for name, bound in (limits if isinstance(limits, Mapping) else {}).items():
+        if limit_fault(bound):
+            wrong(f"the limit of {name} {limit_fault(bound)}")
+    if "kernels" in about and not isinstance(about["kernels"], list | tuple):
+        wrong(f"kernels is {type(about['kernels']).__name__}: {shown(about['kernels'])}")
+    if "cost" in about and about["cost"] not in COSTS:
+        wrong(f"cost is {shown(about['cost'])}, expected one of {', '.join(COSTS)}")
+    try:
+        if plain(ctx.backend.describe()) != plain(about):
+            wrong("a second call gives another answer")
+    except BaseException as error:
+        if by_user(error):
+            raise
+        wrong(f"a second call raises {crash(error)}")
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from rattention.conformance.description import names, number
 from rattention.conformance.strategies.recipe import Recipe
 from rattention.spec import load
 
@@ -73,18 +74,17 @@ def make_plan(profile: str, seed: int, describe: Mapping[str, Any], vectors: tup
         if isinstance(v, list | tuple)
     }
     cost = describe.get("cost") or BY_NAME.get(str(describe.get("name")), "direct")
-    listed = describe.get("operations")
-    names = tuple(op for op in load().operations if op in listed) if isinstance(listed, list | tuple) else ()
-    dtypes = tuple(d for d in DTYPES if d in (describe.get("dtypes") or ())) or DTYPES
-    capable = describe.get("capabilities")
-    lacking = frozenset(load().capabilities) - set(capable) if isinstance(capable, list | tuple) else frozenset()
+    listed = names(describe, "operations")
+    dtypes = tuple(d for d in DTYPES if d in names(describe, "dtypes")) or DTYPES
+    told = isinstance(describe.get("capabilities"), list | tuple)
+    lacking = frozenset(load().capabilities) - set(names(describe, "capabilities")) if told else frozenset()
     limits = describe.get("limits")
     return Plan(
         profile,
         seed,
         cost if cost in COSTS else "direct",
         dtypes,
-        names,
+        tuple(op for op in load().operations if op in listed),
         sizes,
         vectors,
         lacking,
@@ -113,7 +113,7 @@ def outside(name: str, value: Any, bound: Any) -> str:
     if isinstance(value, str):
         return ""
     if isinstance(bound, Mapping):
-        low, high, step = bound.get("minimum"), bound.get("maximum"), bound.get("multiple_of")
+        low, high, step = (number(bound.get(key)) for key in ("minimum", "maximum", "multiple_of"))
         if value is None:
             return "" if bound.get("none", True) else f"{name}=None is outside the limits"
         if (low is not None and value < low) or (high is not None and value > high) or (step and value % step):

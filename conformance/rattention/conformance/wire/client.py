@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rattention.conformance import tensorfile
+from rattention.conformance import jsontext, tensorfile
 from rattention.conformance.backends import CannotRun
 from rattention.conformance.case import to_json
 from rattention.conformance.context import PortFailure
@@ -140,10 +140,14 @@ class Port:
                 raise SpecError(**{k: fields[k] for k in ("operation", "argument", "expected", "got", "clause")})
             raise PortFailure(f"the port reports an error: {reply['message']}{self._said()}")
         try:
+            if target.exists() and not target.is_file():  # a pipe or a device might be read for ever
+                raise ValueError("out.safetensors is no regular file")
             outputs, _ = tensorfile.read(target)
         except (OSError, ValueError) as error:
             raise PortFailure(f"no usable output file: {error}{self._said()}", "WIRE-2") from None
-        return Result(outputs, **reply.get("metadata", {}))
+        result = Result(outputs)
+        result.metadata.update(reply.get("metadata", {}))  # whatever the port calls it: "outputs", say
+        return result
 
     def _ask(self, request: dict[str, Any], seconds: float, *kinds: str) -> dict[str, Any]:
         """Send one line and read one, which must be a reply of one of `kinds`."""
@@ -169,9 +173,10 @@ class Port:
         if stray:
             self._fail(f"the port wrote {stray} lines that nobody asked for")
         try:
-            reply = json.loads(line)
-        except ValueError:
-            self._fail(f"the port answered what is no JSON: {line[:120]!r}")
+            # As strict as the readers of other languages: a port of theirs may not rest on what Python's lets pass.
+            reply = jsontext.parse(line)
+        except ValueError as error:
+            self._fail(f"the port answered what is no JSON ({str(error)[:120]}): {line[:120]!r}")
         wrong = schema.fault("reply", reply)
         if wrong:
             self._fail(f"the port's answer breaks the schema: {wrong}; it was {line[:200].strip()!r}")
