@@ -133,6 +133,8 @@ def test_a_module_that_brings_its_own_weight_when_it_runs_is_left_alone():
 class Adapted(nn.Linear):
     """As adapters and quantised layers are: a forward of its own, parameters and buffers of its own."""
 
+    gain: Tensor
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
         self.down, self.up = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
@@ -151,15 +153,17 @@ def test_a_projection_of_any_class_that_was_left_on_meta_is_named(projection, te
     setattr(model, projection, replaced)
     call = model if method == "forward" else lambda x: model.prefill(x, model.new_cache(2))
     call(x)
-    kind = replaced._buffers if tensor == "gain" else replaced._parameters
-    kind[tensor] = nn.Parameter(getattr(replaced, tensor).to("meta")) if tensor != "gain" else replaced.gain.to("meta")
+    if tensor == "gain":
+        replaced.gain = replaced.gain.to("meta")
+    else:
+        setattr(replaced, tensor, nn.Parameter(getattr(replaced, tensor).to("meta")))
     with pytest.raises(SpecError, match=rf"{projection}\.{tensor}: expected device cpu.*got meta \(ERR-15\)"):
         call(x)
 
 
 def _normed(module: nn.Linear) -> None:
     nn.utils.parametrizations.weight_norm(module)
-    module.parametrizations.weight.to("meta")
+    module.get_submodule("parametrizations.weight").to("meta")
 
 
 def _pruned(module: nn.Linear) -> None:

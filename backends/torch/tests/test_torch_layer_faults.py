@@ -50,25 +50,45 @@ def test_a_cache_does_not_advance_when_a_checkpoint_runs_again(reentrant, method
     assert cache.length.tolist() == after
 
 
+@pytest.mark.parametrize("last", ["write", "read"])
 @pytest.mark.parametrize("how", ["set", "reset"])
-def test_a_cache_is_not_changed_by_hand_when_a_checkpoint_runs_again(how):
-    """A function that is checkpointed reads the cache and writes it, without a method of the layer."""
+def test_a_cache_is_not_used_by_hand_when_a_checkpoint_runs_again(how, last):
+    """A function that is checkpointed reads the cache and writes it, without a method of the layer. Its second run may
+    end before it writes: once every tensor that backward needs is there."""
     cache = layer().new_cache(2)
 
     def f(x: Tensor) -> Tensor:
-        y = x.exp() * (1 + cache.tensors.state.sum())
+        y = x.exp() * (1 + cache.tensors.state.sum() + cache.length.sum())
         if how == "reset":
             cache.reset(0)
         else:
             cache.tensors = cache.tensors._replace(state=cache.tensors.state + 1)
-        return y
+        return y.exp() if last == "write" else y
 
     y = checkpoint(f, hidden().requires_grad_(), use_reentrant=False)
     assert isinstance(y, Tensor)
-    after = cache.tensors
+    state = cache.tensors.state.clone()
     with pytest.raises(Unsupported, match=r"RAttention: cache: a call inside of a backward pass.*checkpoint"):
         y.sum().backward()
-    assert cache.tensors is after
+    assert torch.equal(cache.tensors.state, state)
+
+
+def test_a_cache_that_stays_as_it_is_serves_inside_of_a_checkpoint():
+    """A prefix that many continuations share."""
+    model, x = layer(), hidden()
+    with torch.no_grad():
+        prefix = model.new_cache(2)
+        model.prefill(x, prefix)
+
+    def f(x: Tensor) -> Tensor:
+        return x.exp() * prefix.tensors.state.sum() + prefix.length.sum()
+
+    leaf = x.clone().requires_grad_()
+    y = checkpoint(f, leaf, use_reentrant=False)
+    assert isinstance(y, Tensor)
+    (got,) = torch.autograd.grad(y.sum(), leaf)
+    (want,) = torch.autograd.grad(f(leaf).sum(), leaf)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -154,5 +154,7 @@ class _Backward(torch.autograd.Function):
         first, primals = _Backward._first(ctx)
         with ctx.kernel.precision(primals[0], ctx.attributes):
             found = iter(pushforward(first, primals, tangents[: len(primals)]))
+        cotangent = primals[0]
+        assert cotangent is not None
         pairs = zip(ctx.there, ctx.shapes, strict=True)
-        return tuple(next(found) if there else primals[0].new_zeros(shape) for there, shape in pairs)
+        return tuple(next(found) if there else cotangent.new_zeros(shape) for there, shape in pairs)

@@ -49,6 +49,7 @@ class GenerationCache:
         self._lags: dict[int, int] = {}  # row b has at most limit - _lags.get(b, 0) tokens
         self._exact, self._grows = True, False  # _grows: every token has a slot, since the window is None
         self._made = Moment()
+        self._was_read, self._moved_on = False, False  # _moved_on: it has changed since somebody read it
         self.limit = 0 if limit is None else limit
         if limit is None:
             self.read_lengths()
@@ -60,9 +61,13 @@ class GenerationCache:
 
         Raises:
             SpecError: what is set is no `Cache`, as in the constructor; nothing changes then.
-            Unsupported: tensors that `vmap` batches, in a cache from outside of it; or a backward pass is at work, as
-                activation checkpointing makes it.
+            Unsupported: tensors that `vmap` batches, in a cache from outside of it. Or a backward pass is at work, as
+                activation checkpointing makes it: nothing can be set, nor read if it has changed since it was read.
         """
+        if not torch.compiler.is_compiling():
+            if self._moved_on:  # a second run of the code that read it would read something else
+                self._made.refuse_backward()
+            self._was_read = True
         return self._tensors
 
     @tensors.setter
@@ -70,18 +75,23 @@ class GenerationCache:
         _check(tensors)
         self.refuse_recomputation()
         self._made.refuse_batched(tensors)
-        self._tensors, self._lags, self._exact = tensors, {}, False
+        self._replace(tensors)
+        self._lags, self._exact = {}, False
         self.read_lengths()
+
+    def _replace(self, tensors: Cache) -> None:
+        self._tensors, self._moved_on = tensors, self._moved_on or self._was_read
 
     @property
     def length(self) -> Tensor:
-        """`[B]` int32: tokens seen so far in each row."""
-        return self._tensors.length
+        """`[B]` int32: tokens seen so far in each row. Read as `tensors` are."""
+        return self.tensors.length
 
     def read_lengths(self) -> None:
         """Set `limit` to the length of the longest row. This waits for a device; lengths without values are left."""
-        if has_values(self.length):
-            self.limit = max(self.length.tolist(), default=0)
+        length = self._tensors.length
+        if has_values(length):
+            self.limit = max(length.tolist(), default=0)
             self._lags, self._exact = {}, True
 
     def refuse_recomputation(self) -> None:
@@ -113,7 +123,8 @@ class GenerationCache:
             Unsupported: tensors that `vmap` batches, in a cache from outside of it; nothing changes then.
         """
         self._made.refuse_batched(tensors)
-        self._tensors, self.limit, self._grows = tensors, self.limit + tokens, grows
+        self._replace(tensors)
+        self.limit, self._grows = self.limit + tokens, grows
         if on_host(tensors.length):
             self.read_lengths()
         elif ragged:
@@ -135,19 +146,19 @@ class GenerationCache:
         Rows that wait let the bound run ahead of the lengths. So before a table grows for a bound that may be too high,
         the lengths are read.
         """
-        if self.limit + tokens > rows and not self._exact and not _capturing(self.length.device):
+        if self.limit + tokens > rows and not self._exact and not _capturing(self._tensors.length.device):
             self.read_lengths()
         return self.limit + tokens
 
-    def adopt(self, q: Tensor) -> None:
-        """Take the storage dtype of `q` if nothing has been stored yet.
+    def adopt(self, q: Tensor) -> Cache:
+        """The tensors for a call with `q`, whose storage dtype they take if nothing has been stored yet.
 
         Raises:
             SpecError: the cache has another dtype and keeps it, because it holds tokens or its maker chose the dtype.
         """
         k, v, state, length = self._tensors
         if k.dtype == q.dtype:
-            return
+            return self._tensors
         if self.limit > 0 or not self._adopts_dtype:
             came, has = (str(x.dtype).removeprefix("torch.") for x in (q, k))
             why = "one autocast setting for all calls" if self.limit > 0 else "or new_cache without dtype"
@@ -156,6 +167,7 @@ class GenerationCache:
             )
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         self._tensors = Cache(k.to(q.dtype), v.to(q.dtype), state.to(wide), length)
+        return self._tensors
 
     def reset(self, rows: int | Sequence[int] | Sequence[bool] | np.ndarray | Tensor | None = None) -> None:
         """Forget everything in `rows`, so that they start new sequences.
@@ -186,14 +198,14 @@ class GenerationCache:
             indices = [b for b in range(batch) if mask[b]]
         cleared = Cache(*(torch.where(gone.view(-1, *(1,) * (x.ndim - 1)), 0, x) for x in self._tensors))
         self._made.refuse_batched(cleared)
-        self._tensors = cleared
+        self._replace(cleared)
         # A new dict each time: a copy of this object may hold the old one.
         self._lags = self._lags | dict.fromkeys(indices, self.limit)
         if self._lags and len(self._lags) == batch:  # no row is as long as the bound any more
             surplus = min(self._lags.values())
             self.limit -= surplus
             self._lags = {b: lag - surplus for b, lag in self._lags.items()}
-        if on_host(self.length):
+        if on_host(cleared.length):
             self.read_lengths()
         self._drop_empty_slots()
 

@@ -200,7 +200,7 @@ class RAttention(nn.Module):
         q, k, v = self._project(x)
         weights = self._weights(q.dtype)
         cache.refuse_gradients(q, k, v, *weights.values())
-        cache.adopt(q)
+        past = cache.adopt(q)
         rotary = {}
         if self.rope_theta is not None:
             has = 0 if self._table is None else self._table[0].shape[0]
@@ -211,7 +211,7 @@ class RAttention(nn.Module):
             q,
             k,
             v,
-            cache=cache.tensors,
+            cache=past,
             lengths=lengths,
             **weights,
             **rotary,

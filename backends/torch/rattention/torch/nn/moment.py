@@ -27,15 +27,15 @@ class Moment:
         self._backward, self._level = _backward(), _level()
 
     def refuse_backward(self) -> None:
-        """Refuse a write inside of a backward pass, unless it is the one of this moment.
+        """Refuse a write, or a read of what has changed, inside of a backward pass that is not the one of this moment.
 
         A compiled graph cannot ask where it runs. There the check is left out.
         """
         if _backward() not in (-1, self._backward):
             raise Unsupported(
                 "RAttention: cache: a call inside of a backward pass, as activation checkpointing makes it to run the "
-                "forward pass again. The cache has moved on since, so gradients would be wrong. Call prefill and step "
-                "outside of torch.utils.checkpoint, or make the cache inside of the function that is checkpointed"
+                "forward pass again. The cache has moved on since, so gradients would be wrong. Make the cache inside "
+                "of the function that is checkpointed, or use it outside alone and hand in what its tensors were"
             )
 
     def refuse_batched(self, tensors: Iterable[Tensor]) -> None:
