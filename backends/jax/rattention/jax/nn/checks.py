@@ -61,8 +61,9 @@ def generation_cache(cache: Any, rotary: bool) -> None:
     """`cache` can be one of a layer with (`rotary`) or without rotary embedding.
 
     Raises:
-        TypeError: no GenerationCache.
-        ValueError: it has no rotary table for a layer that has one, or the other way round.
+        TypeError: no GenerationCache, or half of its table is no array.
+        ValueError: it has no rotary table for a layer that has one, or the other way round; a table without the axis
+            that stands for the batch, or where nothing is left along it.
     """
     if not isinstance(cache, GenerationCache) or not isinstance(cache.tensors, Cache):
         got = f"one of {kind(cache.tensors)}" if isinstance(cache, GenerationCache) else kind(cache)
@@ -72,6 +73,15 @@ def generation_cache(cache: Any, rotary: bool) -> None:
         expected = "a rotary table" if rotary else "no rotary table: rope_theta is None"
         got = "both halves" if all(found) else "one half of one" if any(found) else "none"
         raise ValueError(f"cache: expected a GenerationCache, from new_cache of this layer, with {expected}, got {got}")
+    for name, half in (("rope_cos", cache.rope_cos), ("rope_sin", cache.rope_sin)) if rotary else ():
+        half = unwrapped(half)
+        if not isinstance(half, ARRAYS) or isinstance(half, np.ma.MaskedArray):
+            raise TypeError(f"cache: {name}: expected a jax.Array or numpy.ndarray, got {kind(half)}")
+        if half.ndim != 3 or half.shape[0] == 0:
+            raise ValueError(
+                f"cache: {name}: expected shape [1, max_length, D/2], or more alike along axis 0, got "
+                f"{list(half.shape)}; to cut rows out of a cache, index them (t[rows]) or map over cache.tensors alone"
+            )
 
 
 def mask(name: str, given: Any, batch: int) -> jax.Array:

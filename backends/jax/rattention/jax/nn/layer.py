@@ -12,7 +12,7 @@ from rattention.jax.api import rattention, rattention_extend
 from rattention.jax.arguments import kind, sizes, storage_dtype
 from rattention.jax.cache import Cache
 from rattention.jax.nn import checks
-from rattention.jax.nn.cache import GenerationCache
+from rattention.jax.nn.cache import GenerationCache, standing_for_batch
 from rattention.jax.nn.parts import HeadNorm, Projection, merge_heads, split_heads, without_padding
 from rattention.jax.table import rope_table
 from rattention.jax.xla.parts import wide_dtype
@@ -181,7 +181,9 @@ class RAttention(nnx.Module):
             feature_map=self.feature_map,
             dtype=self._key_dtype() if dtype is None else dtype,
         )
-        return GenerationCache(cache, *self._table(max_length or 0))
+        if self.rope_theta is None:
+            return GenerationCache(cache)
+        return GenerationCache(cache, *standing_for_batch(self._table(max_length or 0)))
 
     def prefill(self, x: Any, cache: GenerationCache, *, lengths: Any = None) -> tuple[jax.Array, GenerationCache]:
         """Continue the sequences in `cache` by `x [B, T, hidden]`: a prompt, or a piece of one.
@@ -191,13 +193,14 @@ class RAttention(nnx.Module):
 
         Raises:
             TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`; `cache` is no GenerationCache, or
-                has a rotary table where the layer has none or the other way round. (The base of its angles is not
-                asked: a cache belongs to the layer that made it.)
+                has a rotary table where the layer has none or the other way round, or one of no batch axis or an
+                empty one. (The base of its angles is not asked: a cache belongs to the layer that made it.)
             SpecError: as `rattention_extend`; also a row that would pass the cache's `max_length`, where lengths can
                 be read. Where they cannot, its tokens past it get NaN (ERR-16).
         """
         x = checks.hidden_states(x, "B", "T", self.hidden_size)
         checks.generation_cache(cache, self.rope_theta is not None)
+        cos, sin = cache.table()
         q, k, v = self._project(without_padding(x, None, checks.integers(lengths, x.shape[:1])))
         out, after = rattention_extend(
             q,
@@ -205,8 +208,8 @@ class RAttention(nnx.Module):
             v,
             cache=cache.tensors,
             lengths=lengths,
-            rope_cos=cache.rope_cos,
-            rope_sin=cache.rope_sin,
+            rope_cos=cos,
+            rope_sin=sin,
             **self._weights(q.dtype),
             **self._options(),
         )
