@@ -66,7 +66,7 @@ def check(
         host=host,
         extra_dtypes=extra_dtypes(),
         array=("a jax.Array or numpy.ndarray", ARRAYS),
-        devices=_devices(given),
+        devices=places(given),
     )
     return call, {name: on_device(t) for name, t in given.items()}, host.keys() == readable.keys()
 
@@ -154,7 +154,7 @@ def _plain(op: str, name: str, value: Any) -> Any:
     return jax.device_get(value)[()] if value.ndim == 0 else value
 
 
-def _devices(given: Mapping[str, Any]) -> dict[str, str]:
+def places(given: Mapping[str, Any]) -> dict[str, str]:
     """Where the arrays are that their owner has placed, if not all in one place. JAX itself moves the others."""
     found = {}
     for name, t in given.items():
