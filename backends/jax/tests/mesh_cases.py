@@ -270,9 +270,7 @@ def eager() -> dict[str, float]:
     one = nnx.merge(graph, jax.device_put(state, jax.devices()[1]))
     calls: list[tuple[Any, Any]] = [(one, x), (one.q_proj, x), (one.q_norm, x[..., :8])]
     for call, given in calls:
-        with pytest.raises(
-            SpecError, match=r"weight: expected device cpu:0, .* cpu:3, that of x, got cpu:1 \(ERR-15\)"
-        ):
+        with pytest.raises(SpecError, match=r"weight: expected device cpu:0, .*, that of x, got cpu:1 \(ERR-15\)"):
             call(jax.device_put(given, whole))
     with pytest.raises(SpecError, match=r"weight: expected device cpu:2, that of x, got cpu:1 \(ERR-15\)"):
         one(jax.device_put(x, jax.devices()[2]))
