@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from rattention.jax.arguments import kind
 from rattention.jax.cache import Cache
-from rattention.jax.dispatch import ARRAYS, choose, on_device, unwrapped
+from rattention.jax.dispatch import ARRAYS, choose, on_device, plain, unwrapped
 from rattention.jax.nn.cache import GenerationCache
 from rattention.jax.xla.plan import named_precision
-from rattention.spec import validate
+from rattention.spec import SpecError, validate
 
 
 def options(
     heads: int, kv_heads: int, dim: int, attributes: dict[str, Any], theta: float | None, impl: Any, precision: Any
-) -> None:
-    """What the operation would refuse at the first call.
+) -> tuple[int | None, str, float, float | None]:
+    """Window, feature map, eps and rope_theta as Python values, by which compiled programs of the layer are kept. What
+    the operation would refuse at its first call is refused here.
 
     Raises:
         ValueError: a combination of heads, or a precision, that there is not.
@@ -31,12 +32,26 @@ def options(
     shapes = {"q": (1, 1, heads, dim), "k": (1, 1, kv_heads, dim), "v": (1, 1, kv_heads, 1)}
     shapes |= {"swa_weight": (heads, 1), "rla_weight": (heads, 1)}
     tensors = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    attributes = {name: plain("rattention", name, value) for name, value in attributes.items()}
     call = validate("rattention", tensors, attributes)
     if theta is not None:
-        positions = jax.ShapeDtypeStruct((1,), jnp.int32)
-        validate("rope_table", {"positions": positions}, {"head_dim": dim, "theta": theta})
+        positions = {"positions": jax.ShapeDtypeStruct((1,), jnp.int32)}
+        numbers = {"head_dim": dim, "theta": plain("rope_table", "theta", theta)}
+        theta = validate("rope_table", positions, numbers).attributes["theta"]
     if impl != "pallas":
         choose(call, tensors, impl, precision)
+    return call.attributes["window"], call.attributes["feature_map"], call.attributes["eps"], theta
+
+
+def flags(**values: Any) -> None:
+    """Each of them True or False.
+
+    Raises:
+        SpecError: one is not (ERR-5): a size in its place, or a word, would pass for True.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise SpecError("RAttention", name, "True or False", repr(value), "ERR-5")
 
 
 def hidden_states(x: Any, *shape: str | int) -> jax.Array:

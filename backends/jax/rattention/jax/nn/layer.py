@@ -53,8 +53,8 @@ class RAttention(nnx.Module):
         ValueError: a size that is no positive int, num_heads that is no multiple of num_kv_heads, an unknown
             `precision`, a `param_dtype` that is none of float32, bfloat16, float16 (and float64 in 64-bit mode).
         TypeError: `rngs` is no `flax.nnx.Rngs`.
-        SpecError: window, feature_map, eps, rope_theta or impl out of its domain, head_dim odd with a rotary
-            embedding (ERR-5). It is a ValueError too.
+        SpecError: window, feature_map, eps, rope_theta or impl out of its domain, a flag that is no bool, head_dim odd
+            with a rotary embedding (ERR-5). It is a ValueError too.
 
     Source: RAttention, arXiv 2506.15545.
     """
@@ -88,8 +88,11 @@ class RAttention(nnx.Module):
             head_dim=head_dim,
             value_dim=value_dim,
         )
+        checks.flags(qk_norm=qk_norm, qk_scale=qk_scale, memory=memory, bias=bias)
         attributes = {"window": window, "feature_map": feature_map, "eps": eps}
-        checks.options(num_heads, num_kv_heads, head_dim, attributes, rope_theta, impl, precision)
+        window, feature_map, eps, rope_theta = checks.options(
+            num_heads, num_kv_heads, head_dim, attributes, rope_theta, impl, precision
+        )
         param_dtype = storage_dtype("param_dtype", param_dtype)
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs: expected flax.nnx.Rngs, got {kind(rngs)}")
@@ -249,7 +252,14 @@ class RAttention(nnx.Module):
         dtype = getattr(weight, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             dtype = self.swa_weight.dtype
-        return jax.eval_shape(self.k_proj, jax.ShapeDtypeStruct((1, 1, self.hidden_size), dtype)).dtype
+        x = jax.ShapeDtypeStruct((1, 1, self.hidden_size), dtype)
+        if not isinstance(self.k_proj, nnx.Module):
+            return jax.eval_shape(self.k_proj, x).dtype
+        # Asked of a copy, since a projection may have a state that a call changes, as a dropout's. Shapes and dtypes are
+        # enough: on which mesh its weights are is none of the question.
+        graph, state = nnx.split(self.k_proj)
+        state = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), state)
+        return jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, x).dtype
 
     def _options(self) -> dict[str, Any]:
         return {
