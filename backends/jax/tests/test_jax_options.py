@@ -43,6 +43,24 @@ def test_flags_are_bools(flag: str) -> None:
             layer(**{flag: wrong})
 
 
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float4_e2m1fn])
+def test_activations_of_few_bits_are_refused(dtype: Any) -> None:
+    made = layer()
+    cache = made.new_cache(2, max_length=8)
+    for call in (made, lambda x: made.prefill(x, cache), lambda x: made.step(x[:, 0], cache)):
+        for x in (X.astype(dtype), np.asarray(X.astype(dtype))):
+            with pytest.raises(SpecError, match=r"RAttention: x: expected a floating-point .*, got float\d\w+ \(ERR-4"):
+                call(x)
+
+
+def test_ragged_rows_are_refused_by_name() -> None:
+    cache = layer().new_cache(3, max_length=8)
+    for rows in ([[0], [1, 2]], [0, [1]], [[[0], [1, 2]]]):
+        with pytest.raises(TypeError, match="reset: rows: expected indices or a bool mask, got lists of different"):
+            cache.reset(rows)
+    assert cache.reset([np.array(0), jnp.array(-1)]).length.shape == (3,)
+
+
 def test_a_projection_with_a_state_knows_its_dtype() -> None:
     class Dropped(nnx.Module):
         def __init__(self, projection: Any, rngs: nnx.Rngs):

@@ -66,10 +66,16 @@ def _mask(rows: Any, batch: int) -> Any:
             raise TypeError(
                 "reset: rows: expected a traced bool mask, got traced indices, whose range cannot be checked"
             )
-        values = [np.asarray(jax.device_get(row)) for row in rows]
+        try:
+            values = [np.asarray(jax.device_get(row)) for row in rows]
+            joined = np.array(values) if rows else np.array([], np.int64)
+        except ValueError:  # NumPy's, of what has no shape
+            raise TypeError(
+                "reset: rows: expected indices or a bool mask, got lists of different lengths in a list"
+            ) from None
         if len({value.dtype == np.bool_ for value in values}) > 1:  # NumPy would take a bool for the index 0 or 1
             raise TypeError("reset: rows: expected indices or a bool mask, got a list of both")
-        rows = np.array(values) if rows else np.array([], np.int64)
+        rows = joined
     elif isinstance(rows, jax.Array) and not traced:
         rows = jax.device_get(rows)
     rows = rows if traced else np.asarray(rows)

@@ -60,6 +60,7 @@ def hidden_states(x: Any, *shape: str | int) -> jax.Array:
     Raises:
         TypeError: no array, an array with a mask, or not of floating-point numbers.
         ValueError: another shape.
+        SpecError: a floating-point dtype of 8 bits or less, in which no layer computes (ERR-4).
     """
     brackets = "[" + ", ".join(map(str, shape)) + "]"
     x = unwrapped(x)
@@ -69,6 +70,8 @@ def hidden_states(x: Any, *shape: str | int) -> jax.Array:
         raise ValueError(f"x: expected shape {brackets}, got {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x: expected a floating-point dtype, got {x.dtype}")
+    if jnp.finfo(x.dtype).bits < 16:
+        raise SpecError("RAttention", "x", "a floating-point dtype of 16 bits or more", str(x.dtype), "ERR-4")
     return on_device(x)
 
 

@@ -135,7 +135,8 @@ class RAttention(nnx.Module):
         Raises:
             TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`; positions are traced and
                 `max_position` is missing.
-            SpecError: as `rattention`.
+            SpecError: as `rattention`; also an `x` of 8 bits or less (ERR-4), and weights that their owner has put on
+                other devices than `x` (ERR-15).
         """
         x = checks.hidden_states(x, "B", "T", self.hidden_size)
         cos = sin = None
@@ -198,7 +199,7 @@ class RAttention(nnx.Module):
             TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`; `cache` is no GenerationCache, or
                 has a rotary table where the layer has none or the other way round, or one of no batch axis or an
                 empty one. (The base of its angles is not asked: a cache belongs to the layer that made it.)
-            SpecError: as `rattention_extend`; also a row that would pass the cache's `max_length`, where lengths can
+            SpecError: as `rattention_extend` and a call of the layer; also a row that would pass the cache's `max_length`, where lengths can
                 be read. Where they cannot, its tokens past it get NaN (ERR-16).
         """
         x = checks.hidden_states(x, "B", "T", self.hidden_size)
@@ -255,8 +256,8 @@ class RAttention(nnx.Module):
         x = jax.ShapeDtypeStruct((1, 1, self.hidden_size), dtype)
         if not isinstance(self.k_proj, nnx.Module):
             return jax.eval_shape(self.k_proj, x).dtype
-        # Asked of a copy, since a projection may have a state that a call changes, as a dropout's. Shapes and dtypes are
-        # enough: on which mesh its weights are is none of the question.
+        # Asked of a copy, since a projection may have a state that a call changes, as a dropout's. Shapes and dtypes
+        # are enough for it: on which mesh the weights are is none of the question.
         graph, state = nnx.split(self.k_proj)
         state = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), state)
         return jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, x).dtype
