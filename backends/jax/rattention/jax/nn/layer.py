@@ -199,8 +199,8 @@ class RAttention(nnx.Module):
             TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`; `cache` is no GenerationCache, or
                 has a rotary table where the layer has none or the other way round, or one of no batch axis or an
                 empty one. (The base of its angles is not asked: a cache belongs to the layer that made it.)
-            SpecError: as `rattention_extend` and a call of the layer; also a row that would pass the cache's `max_length`, where lengths can
-                be read. Where they cannot, its tokens past it get NaN (ERR-16).
+            SpecError: as `rattention_extend` and a call of the layer; also a row that would pass the cache's
+                `max_length`, where lengths can be read. Where they cannot, its tokens past it get NaN (ERR-16).
         """
         x = checks.hidden_states(x, "B", "T", self.hidden_size)
         checks.generation_cache(cache, self.rope_theta is not None)
