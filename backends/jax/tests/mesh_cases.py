@@ -235,8 +235,50 @@ def mixed() -> dict[str, float]:
     return report
 
 
+def eager() -> dict[str, float]:
+    """Eager calls with some arguments on explicit axes and others nowhere, and no mesh in context: of functions on both
+    implementations, of a layer beside a batch on the mesh, and of a layer on the mesh beside an unplaced batch."""
+    report = {}
+    mesh = jax.make_mesh((2, 2), ("x", "y"))
+    op, tensors, attrs = settings.drawn("everything", "float32", "float32")
+    expected = run(op, attrs)(tensors)
+    whole = NamedSharding(mesh, PartitionSpec("x"))
+    for impl in ("xla", "pallas"):
+        for kind in (jnp.asarray, np.asarray):
+            given = {n: jax.device_put(x, whole) if n in "qkv" else kind(x) for n, x in tensors.items()}
+            found = run(op, attrs | {"impl": impl})(given)
+            assert found["out"].sharding.is_equivalent_to(whole, 4)
+            report[f"{impl}, {kind.__module__}"] = worst(found, expected)
+
+    def generate(layer: Any, x: Any) -> Any:
+        y, cache = layer.prefill(x, layer.new_cache(2, max_length=32))
+        z, cache = layer.step(x[:, 0], cache.reset([0]))
+        return layer(x), y, z, cache.tensors
+
+    layer = RAttention(24, 4, 2, 8, window=5, qk_norm=True, bias=True, memory=True, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 20, 24)), jnp.float32)
+    placed = nnx.merge(graph, jax.device_put(state, NamedSharding(mesh, PartitionSpec())))
+    expected = generate(layer, x)
+    with jax.transfer_guard("disallow"):
+        report["layer, batch on the mesh"] = worst(layer(jax.device_put(x, whole)), expected[0])
+    report["generation, batch on the mesh"] = worst(generate(layer, jax.device_put(x, whole)), expected)
+    report["layer on the mesh"] = worst(generate(placed, x), expected)
+    report["both on the mesh, cache nowhere"] = worst(generate(placed, jax.device_put(x, whole)), expected)
+    report["layer on the mesh, closed over"] = worst(jax.jit(lambda x: placed(x))(x), expected[0])
+
+    one = nnx.merge(graph, jax.device_put(state, jax.devices()[1]))
+    calls: list[tuple[Any, Any]] = [(one, x), (one.q_proj, x), (one.q_norm, x[..., :8])]
+    for call, given in calls:
+        with pytest.raises(SpecError, match=r"weight: expected device cpu:0, .*, that of x, got cpu:1 \(ERR-15\)"):
+            call(jax.device_put(given, whole))
+    with pytest.raises(SpecError, match=r"weight: expected device cpu:2, that of x, got cpu:1 \(ERR-15\)"):
+        one(jax.device_put(x, jax.devices()[2]))
+    return report
+
+
 PARTS = {"functions": functions, "places": places, "training": training, "layers": layers, "sequences": split_sequences}
-PARTS["mixed"] = mixed
+PARTS |= {"mixed": mixed, "eager": eager}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 EPSILON = 2.0**-23
 
 
-@pytest.mark.parametrize("part", ["functions", "places", "training", "layers", "sequences", "mixed"])
+@pytest.mark.parametrize("part", ["functions", "places", "training", "layers", "sequences", "mixed", "eager"])
 def test_split_equals_whole(part: str) -> None:
     """Outputs and gradients; what differs is the order of float32 sums, over some hundred terms at most."""
     command = [sys.executable, "-W", "error", str(Path(__file__).with_name("mesh_cases.py")), part]

@@ -171,4 +171,4 @@ def test_generation_past_max_length() -> None:
     with pytest.raises(SpecError, match="ERR-9"):
         layer.step(x[:, 0], cache)
     assert cache.rope_cos is not None
-    assert cache.rope_cos.shape[0] == 8
+    assert cache.rope_cos.shape == (1, 8, D // 2)

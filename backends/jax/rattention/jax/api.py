@@ -12,7 +12,8 @@ Common to all:
         those of NumPy arrays and of concrete arrays on the CPU are always checked. Where values are not looked at, a
         real token without a row in the rotary table gets NaN (ERR-16).
 
-A rotary table is a constant: a gradient with respect to it is refused (`Unsupported`).
+A rotary table is a constant: a gradient with respect to it is refused (`Unsupported`). So is the second derivative of a
+call that the Pallas kernels run; `impl="xla"` has it.
 
 They raise `rattention.spec.SpecError` for an invalid call, `ValueError` for a precision that there is not, and
 `rattention.spec.Unsupported` for a valid call that the chosen implementation lacks.

@@ -56,17 +56,17 @@ def check(
 ) -> tuple[Call, dict[str, jax.Array], bool]:
     """The validated call, its tensors as JAX arrays, and whether the values of all its integers were looked at."""
     given = {name: unwrapped(t) for name, t in tensors.items() if t is not None}
-    plain = {name: _plain(op, name, value) for name, value in attrs.items()}
+    attributes = {name: plain(op, name, value) for name, value in attrs.items()}
     readable = {name: t for name, t in given.items() if name in INTEGERS and isinstance(t, ARRAYS)}
     host = _host(readable, check_values)
     call = validate(
         op,
         given,
-        plain,
+        attributes,
         host=host,
         extra_dtypes=extra_dtypes(),
         array=("a jax.Array or numpy.ndarray", ARRAYS),
-        devices=_devices(given),
+        devices=places(given),
     )
     return call, {name: on_device(t) for name, t in given.items()}, host.keys() == readable.keys()
 
@@ -139,7 +139,7 @@ def unwrapped(t: Any) -> Any:
     return t.__jax_array__() if not isinstance(t, ARRAYS) and hasattr(t, "__jax_array__") else t
 
 
-def _plain(op: str, name: str, value: Any) -> Any:
+def plain(op: str, name: str, value: Any) -> Any:
     """An attribute as a Python number, if it is an array with a value.
 
     Raises:
@@ -154,7 +154,7 @@ def _plain(op: str, name: str, value: Any) -> Any:
     return jax.device_get(value)[()] if value.ndim == 0 else value
 
 
-def _devices(given: Mapping[str, Any]) -> dict[str, str]:
+def places(given: Mapping[str, Any]) -> dict[str, str]:
     """Where the arrays are that their owner has placed, if not all in one place. JAX itself moves the others."""
     found = {}
     for name, t in given.items():

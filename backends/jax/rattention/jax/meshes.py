@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -73,18 +74,32 @@ def together(arrays: Any) -> Any:
     """The same arrays. If one is on explicit axes, those that nobody has put there are whole on each device.
 
     A compiled program does so by itself, but it then gives back gradients of no mesh, which do not add up with others
-    where a mesh is set. So this is done before the program, where the derivative sees it.
+    where a mesh is set. So this is done before the program, where the derivative sees it. Without a mesh in context an
+    array cannot be split anew, but it can be put on the mesh of one that is there: an eager call that nothing
+    differentiates needs no `jax.set_mesh`.
     """
     mesh, axes = explicit_axes(arrays)
     if not axes:
         return arrays
+    there = _devices_of(mesh, arrays) if jax.sharding.get_abstract_mesh().empty else None
 
     def put(x: Any) -> Any:
         if jax.typeof(x).sharding.mesh == mesh or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
+        if there is not None:
+            return jax.device_put(x, NamedSharding(there, PartitionSpec()))
         return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
 
     return jax.tree.map(put, arrays)
+
+
+def _devices_of(mesh: Any, arrays: Any) -> Any:
+    """The mesh of devices behind the abstract `mesh`: that of the first array with values on it; None if all are
+    traced."""
+    for x in jax.tree.leaves(arrays):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and jax.typeof(x).sharding.mesh == mesh:
+            return x.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+    return None
 
 
 class Split(NamedTuple):

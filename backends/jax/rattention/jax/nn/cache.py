@@ -9,6 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from rattention.jax.cache import Cache
+from rattention.jax.dispatch import on_device, unwrapped
 from rattention.jax.meshes import Split, entries, without_explicit_axes
 
 
@@ -17,7 +18,11 @@ class GenerationCache(NamedTuple):
 
     Attributes:
         tensors: the canonical `rattention.jax.Cache`.
-        rope_cos, rope_sin: `[max_length, D/2]` float32; None without rotary embedding.
+        rope_cos, rope_sin: `[1, max_length, D/2]` float32; None without rotary embedding.
+
+    Every leaf starts with the batch, or with an axis that stands for it: one table serves all rows. So what is done to
+    axis 0 of all leaves alike, as beam search does (`jax.tree.map(lambda t: t[rows], cache)`, repeats, reversals,
+    concatenations), does it to rows. Of a table that has become several, `table` reads the first.
     """
 
     tensors: Cache
@@ -28,6 +33,12 @@ class GenerationCache(NamedTuple):
     def length(self) -> jax.Array:
         """`[B]` int32: tokens seen so far in each row."""
         return self.tensors.length
+
+    def table(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """`rope_cos`, `rope_sin` `[max_length, D/2]`, as the operations take them; None without rotary embedding."""
+        if self.rope_cos is None or self.rope_sin is None:
+            return None, None
+        return _first(tuple(on_device(unwrapped(x)) for x in (self.rope_cos, self.rope_sin)))
 
     def reset(self, rows: Any = None) -> GenerationCache:
         """The same cache with `rows` empty, to start new sequences.
@@ -55,10 +66,16 @@ def _mask(rows: Any, batch: int) -> Any:
             raise TypeError(
                 "reset: rows: expected a traced bool mask, got traced indices, whose range cannot be checked"
             )
-        values = [np.asarray(jax.device_get(row)) for row in rows]
+        try:
+            values = [np.asarray(jax.device_get(row)) for row in rows]
+            joined = np.array(values) if rows else np.array([], np.int64)
+        except ValueError:  # NumPy's, of what has no shape
+            raise TypeError(
+                "reset: rows: expected indices or a bool mask, got lists of different lengths in a list"
+            ) from None
         if len({value.dtype == np.bool_ for value in values}) > 1:  # NumPy would take a bool for the index 0 or 1
             raise TypeError("reset: rows: expected indices or a bool mask, got a list of both")
-        rows = np.array(values) if rows else np.array([], np.int64)
+        rows = joined
     elif isinstance(rows, jax.Array) and not traced:
         rows = jax.device_get(rows)
     rows = rows if traced else np.asarray(rows)
@@ -76,6 +93,23 @@ def _mask(rows: Any, batch: int) -> Any:
     gone = np.zeros(batch, bool)
     gone[rows] = True
     return jax.device_put(gone)
+
+
+@jax.jit
+def standing_for_batch(tables: Any) -> Any:
+    """`[1, ...]` of each array: the same for every row of the batch."""
+    return jax.tree.map(lambda x: x[None], tables)
+
+
+@jax.jit
+def _first(tables: Any) -> Any:
+    """Element 0 of each array, also of one whose axis 0 is split over explicit mesh axes."""
+
+    def first(x: jax.Array) -> jax.Array:
+        split = Split(entries(x)[1:], x.shape[1:])
+        return without_explicit_axes(lambda x: jax.lax.index_in_dim(x, 0, keepdims=False), (x,), split)
+
+    return jax.tree.map(first, tables)
 
 
 @jax.jit

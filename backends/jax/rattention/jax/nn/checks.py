@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from rattention.jax.arguments import kind
 from rattention.jax.cache import Cache
-from rattention.jax.dispatch import ARRAYS, choose, on_device, unwrapped
+from rattention.jax.dispatch import ARRAYS, choose, on_device, plain, unwrapped
 from rattention.jax.nn.cache import GenerationCache
 from rattention.jax.xla.plan import named_precision
-from rattention.spec import validate
+from rattention.spec import SpecError, validate
 
 
 def options(
     heads: int, kv_heads: int, dim: int, attributes: dict[str, Any], theta: float | None, impl: Any, precision: Any
-) -> None:
-    """What the operation would refuse at the first call.
+) -> tuple[int | None, str, float, float | None]:
+    """Window, feature map, eps and rope_theta as Python values, by which compiled programs of the layer are kept. What
+    the operation would refuse at its first call is refused here.
 
     Raises:
         ValueError: a combination of heads, or a precision, that there is not.
@@ -31,12 +32,26 @@ def options(
     shapes = {"q": (1, 1, heads, dim), "k": (1, 1, kv_heads, dim), "v": (1, 1, kv_heads, 1)}
     shapes |= {"swa_weight": (heads, 1), "rla_weight": (heads, 1)}
     tensors = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    attributes = {name: plain("rattention", name, value) for name, value in attributes.items()}
     call = validate("rattention", tensors, attributes)
     if theta is not None:
-        positions = jax.ShapeDtypeStruct((1,), jnp.int32)
-        validate("rope_table", {"positions": positions}, {"head_dim": dim, "theta": theta})
+        positions = {"positions": jax.ShapeDtypeStruct((1,), jnp.int32)}
+        numbers = {"head_dim": dim, "theta": plain("rope_table", "theta", theta)}
+        theta = validate("rope_table", positions, numbers).attributes["theta"]
     if impl != "pallas":
         choose(call, tensors, impl, precision)
+    return call.attributes["window"], call.attributes["feature_map"], call.attributes["eps"], theta
+
+
+def flags(**values: Any) -> None:
+    """Each of them True or False.
+
+    Raises:
+        SpecError: one is not (ERR-5): a size in its place, or a word, would pass for True.
+    """
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise SpecError("RAttention", name, "True or False", repr(value), "ERR-5")
 
 
 def hidden_states(x: Any, *shape: str | int) -> jax.Array:
@@ -45,6 +60,7 @@ def hidden_states(x: Any, *shape: str | int) -> jax.Array:
     Raises:
         TypeError: no array, an array with a mask, or not of floating-point numbers.
         ValueError: another shape.
+        SpecError: a floating-point dtype of 8 bits or less, in which no layer computes (ERR-4).
     """
     brackets = "[" + ", ".join(map(str, shape)) + "]"
     x = unwrapped(x)
@@ -54,6 +70,8 @@ def hidden_states(x: Any, *shape: str | int) -> jax.Array:
         raise ValueError(f"x: expected shape {brackets}, got {list(x.shape)}")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x: expected a floating-point dtype, got {x.dtype}")
+    if jnp.finfo(x.dtype).bits < 16:
+        raise SpecError("RAttention", "x", "a floating-point dtype of 16 bits or more", str(x.dtype), "ERR-4")
     return on_device(x)
 
 
@@ -61,8 +79,9 @@ def generation_cache(cache: Any, rotary: bool) -> None:
     """`cache` can be one of a layer with (`rotary`) or without rotary embedding.
 
     Raises:
-        TypeError: no GenerationCache.
-        ValueError: it has no rotary table for a layer that has one, or the other way round.
+        TypeError: no GenerationCache, or half of its table is no array.
+        ValueError: it has no rotary table for a layer that has one, or the other way round; a table without the axis
+            that stands for the batch, or where nothing is left along it.
     """
     if not isinstance(cache, GenerationCache) or not isinstance(cache.tensors, Cache):
         got = f"one of {kind(cache.tensors)}" if isinstance(cache, GenerationCache) else kind(cache)
@@ -72,6 +91,15 @@ def generation_cache(cache: Any, rotary: bool) -> None:
         expected = "a rotary table" if rotary else "no rotary table: rope_theta is None"
         got = "both halves" if all(found) else "one half of one" if any(found) else "none"
         raise ValueError(f"cache: expected a GenerationCache, from new_cache of this layer, with {expected}, got {got}")
+    for name, half in (("rope_cos", cache.rope_cos), ("rope_sin", cache.rope_sin)) if rotary else ():
+        half = unwrapped(half)
+        if not isinstance(half, ARRAYS) or isinstance(half, np.ma.MaskedArray):
+            raise TypeError(f"cache: {name}: expected a jax.Array or numpy.ndarray, got {kind(half)}")
+        if half.ndim != 3 or half.shape[0] == 0:
+            raise ValueError(
+                f"cache: {name}: expected shape [1, max_length, D/2], or more alike along axis 0, got "
+                f"{list(half.shape)}; to cut rows out of a cache, index them (t[rows]) or map over cache.tensors alone"
+            )
 
 
 def mask(name: str, given: Any, batch: int) -> jax.Array:

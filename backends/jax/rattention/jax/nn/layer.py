@@ -12,7 +12,7 @@ from rattention.jax.api import rattention, rattention_extend
 from rattention.jax.arguments import kind, sizes, storage_dtype
 from rattention.jax.cache import Cache
 from rattention.jax.nn import checks
-from rattention.jax.nn.cache import GenerationCache
+from rattention.jax.nn.cache import GenerationCache, standing_for_batch
 from rattention.jax.nn.parts import HeadNorm, Projection, merge_heads, split_heads, without_padding
 from rattention.jax.table import rope_table
 from rattention.jax.xla.parts import wide_dtype
@@ -53,8 +53,8 @@ class RAttention(nnx.Module):
         ValueError: a size that is no positive int, num_heads that is no multiple of num_kv_heads, an unknown
             `precision`, a `param_dtype` that is none of float32, bfloat16, float16 (and float64 in 64-bit mode).
         TypeError: `rngs` is no `flax.nnx.Rngs`.
-        SpecError: window, feature_map, eps, rope_theta or impl out of its domain, head_dim odd with a rotary
-            embedding (ERR-5). It is a ValueError too.
+        SpecError: window, feature_map, eps, rope_theta or impl out of its domain, a flag that is no bool, head_dim odd
+            with a rotary embedding (ERR-5). It is a ValueError too.
 
     Source: RAttention, arXiv 2506.15545.
     """
@@ -88,8 +88,11 @@ class RAttention(nnx.Module):
             head_dim=head_dim,
             value_dim=value_dim,
         )
+        checks.flags(qk_norm=qk_norm, qk_scale=qk_scale, memory=memory, bias=bias)
         attributes = {"window": window, "feature_map": feature_map, "eps": eps}
-        checks.options(num_heads, num_kv_heads, head_dim, attributes, rope_theta, impl, precision)
+        window, feature_map, eps, rope_theta = checks.options(
+            num_heads, num_kv_heads, head_dim, attributes, rope_theta, impl, precision
+        )
         param_dtype = storage_dtype("param_dtype", param_dtype)
         if not isinstance(rngs, nnx.Rngs):
             raise TypeError(f"rngs: expected flax.nnx.Rngs, got {kind(rngs)}")
@@ -132,7 +135,8 @@ class RAttention(nnx.Module):
         Raises:
             TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`; positions are traced and
                 `max_position` is missing.
-            SpecError: as `rattention`.
+            SpecError: as `rattention`; also an `x` of 8 bits or less (ERR-4), and weights that their owner has put on
+                other devices than `x` (ERR-15).
         """
         x = checks.hidden_states(x, "B", "T", self.hidden_size)
         cos = sin = None
@@ -181,7 +185,9 @@ class RAttention(nnx.Module):
             feature_map=self.feature_map,
             dtype=self._key_dtype() if dtype is None else dtype,
         )
-        return GenerationCache(cache, *self._table(max_length or 0))
+        if self.rope_theta is None:
+            return GenerationCache(cache)
+        return GenerationCache(cache, *standing_for_batch(self._table(max_length or 0)))
 
     def prefill(self, x: Any, cache: GenerationCache, *, lengths: Any = None) -> tuple[jax.Array, GenerationCache]:
         """Continue the sequences in `cache` by `x [B, T, hidden]`: a prompt, or a piece of one.
@@ -191,13 +197,14 @@ class RAttention(nnx.Module):
 
         Raises:
             TypeError, ValueError: `x` is no floating-point array `[B, T, hidden]`; `cache` is no GenerationCache, or
-                has a rotary table where the layer has none or the other way round. (The base of its angles is not
-                asked: a cache belongs to the layer that made it.)
-            SpecError: as `rattention_extend`; also a row that would pass the cache's `max_length`, where lengths can
-                be read. Where they cannot, its tokens past it get NaN (ERR-16).
+                has a rotary table where the layer has none or the other way round, or one of no batch axis or an
+                empty one. (The base of its angles is not asked: a cache belongs to the layer that made it.)
+            SpecError: as `rattention_extend` and a call of the layer; also a row that would pass the cache's
+                `max_length`, where lengths can be read. Where they cannot, its tokens past it get NaN (ERR-16).
         """
         x = checks.hidden_states(x, "B", "T", self.hidden_size)
         checks.generation_cache(cache, self.rope_theta is not None)
+        cos, sin = cache.table()
         q, k, v = self._project(without_padding(x, None, checks.integers(lengths, x.shape[:1])))
         out, after = rattention_extend(
             q,
@@ -205,8 +212,8 @@ class RAttention(nnx.Module):
             v,
             cache=cache.tensors,
             lengths=lengths,
-            rope_cos=cache.rope_cos,
-            rope_sin=cache.rope_sin,
+            rope_cos=cos,
+            rope_sin=sin,
             **self._weights(q.dtype),
             **self._options(),
         )
@@ -246,7 +253,14 @@ class RAttention(nnx.Module):
         dtype = getattr(weight, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             dtype = self.swa_weight.dtype
-        return jax.eval_shape(self.k_proj, jax.ShapeDtypeStruct((1, 1, self.hidden_size), dtype)).dtype
+        x = jax.ShapeDtypeStruct((1, 1, self.hidden_size), dtype)
+        if not isinstance(self.k_proj, nnx.Module):
+            return jax.eval_shape(self.k_proj, x).dtype
+        # Asked of a copy, since a projection may have a state that a call changes, as a dropout's. Shapes and dtypes
+        # are enough for it: on which mesh the weights are is none of the question.
+        graph, state = nnx.split(self.k_proj)
+        state = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), state)
+        return jax.eval_shape(lambda state, x: nnx.merge(graph, state)(x), state, x).dtype
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rattention.jax.dispatch import places
 from rattention.jax.meshes import Split, entries, together, without_explicit_axes
 from rattention.jax.xla.parts import per_channel, wide
+from rattention.spec import SpecError
 
 
 class Projection(nnx.Module):
@@ -30,7 +32,7 @@ class Projection(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x: Any) -> jax.Array:
-        return _project(*together((x, self.weight[...], None if self.bias is None else self.bias[...])))
+        return _project(*_beside(x, self.weight[...], None if self.bias is None else self.bias[...]))
 
 
 class HeadNorm(nnx.Module):
@@ -41,7 +43,22 @@ class HeadNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _normalise(*together((x, self.weight[...])), self.eps)
+        return _normalise(*_beside(x, self.weight[...])[:2], self.eps)
+
+
+def _beside(x: Any, weight: Any, bias: Any = None) -> Any:
+    """The three, on one mesh if one of them is.
+
+    Raises:
+        SpecError: their owner has put them on different devices (ERR-15).
+    """
+    given = {"x": x, "weight": weight, "bias": bias}
+    found = places({name: y for name, y in given.items() if y is not None})
+    if found:
+        (owner, home), *others = found.items()
+        odd, place = next((name, place) for name, place in others if place != home)
+        raise SpecError("RAttention", odd, f"device {home}, that of {owner}", place, "ERR-15")
+    return together((x, weight, bias))
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from jax.sharding import ManualAxisType
 from rattention.jax.meshes import vary, varying
 from rattention.jax.pallas import backward, cost, decode, forward, watch
 from rattention.jax.pallas.config import Config
+from rattention.jax.pallas.once import once
 from rattention.jax.pallas.plan import Plan
 
 F32 = jnp.float32
@@ -86,7 +87,7 @@ class Builder:
             cost_estimate=cost.estimate(work, [*self.arrays, *(shape for *_, shape in self.outputs)]),
             name=self.name,
             interpret=watch.interpreter(self.name) if p.interpret else False,
-        )(*vary(self.arrays, axes))
+        )(*once(self.name, vary(self.arrays, axes)))
         return dict(zip([n for n, *_ in self.outputs], results, strict=True))
 
 

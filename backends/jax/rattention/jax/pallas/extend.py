@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rattention.jax.pallas import calls, decode, layout
+from rattention.jax.pallas.once import once
 from rattention.jax.pallas.plan import Plan
 
 CACHE = ("cache_k", "cache_v", "cache_state")
@@ -139,6 +140,7 @@ def run(core: Any, call: Any, tensors: Mapping[str, Any], exact: bool, config: A
         return fast(call, given | rest, *settings)
 
     def forward(given: dict[str, Any], rest: dict[str, Any]) -> tuple[Any, Any]:
+        given = once("rattention_extend", given)  # else JAX would refuse the rules of `extend`, in words of its own
         return extend(given, rest), (given, rest)
 
     def backward(saved: Any, cotangents: dict[str, Any]) -> tuple[Any, Any]:
