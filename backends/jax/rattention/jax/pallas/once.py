@@ -6,7 +6,10 @@ an identity that refuses a tangent. It adds nothing to a compiled program.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,8 +17,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from rattention.spec import Unsupported
 
+_LEFT_OUT: contextvars.ContextVar[bool] = contextvars.ContextVar("left_out", default=False)
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+
 def once(kernel: str, operands: Any) -> Any:
     """The same operands, of the kernel or operation of that name.
 
@@ -23,6 +27,23 @@ def once(kernel: str, operands: Any) -> Any:
         Unsupported: when a derivative is taken of what the kernel computes. The first derivative of an operation does
             not ask for it: it runs the kernels by rules of its own. The second does, in either mode.
     """
+    return operands if _LEFT_OUT.get() else _identity(kernel, operands)
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """For the text of a traced program, which is then that of the kernels alone: trace nothing else inside."""
+    jax.clear_caches()  # a trace from before would serve inside, and one from inside after it
+    token = _LEFT_OUT.set(True)
+    try:
+        yield
+    finally:
+        _LEFT_OUT.reset(token)
+        jax.clear_caches()
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _identity(kernel: str, operands: Any) -> Any:
     return operands
 
 
@@ -39,4 +60,4 @@ def _is_zero(t: Any) -> bool:
     return isinstance(t, SymbolicZero)
 
 
-once.defjvp(_derivative, symbolic_zeros=True)
+_identity.defjvp(_derivative, symbolic_zeros=True)
