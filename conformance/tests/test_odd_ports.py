@@ -6,6 +6,7 @@ import pickle
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -106,7 +107,8 @@ def test_a_refusal_without_words(name):
 
 
 def test_a_clause_that_is_none():
-    (found,) = messages(raising(SpecError("feature_map", "x", "more", "less", clause=["ERR-1"])))  # type: ignore[arg-type]
+    clause = cast(str, ["ERR-1"])
+    (found,) = messages(raising(SpecError("feature_map", "x", "more", "less", clause=clause)))
     assert found.startswith("a valid call was refused: feature_map: x: expected more, got less")
 
 

@@ -27,6 +27,7 @@ def test_numbers_are_python_numbers(wrap: Any) -> None:
     made = layer(window=wrap(3), eps=wrap(1e-6), rope_theta=wrap(1e4))
     assert [type(x) for x in (made.window, made.eps, made.rope_theta)] == [int, float, float]
     y = nnx.jit(lambda m, x: m(x))(made, X)
+    # Two programs, in float32: eps and theta came as float32 too, and 1e-6 rounds there.
     np.testing.assert_allclose(y, nnx.jit(lambda m, x: m(x))(layer(), X), atol=1e-5)
 
 

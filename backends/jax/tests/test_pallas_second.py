@@ -103,6 +103,7 @@ def test_first_derivatives_beside_another_differentiation() -> None:
         inner = jax.grad(of(forward))(jax.lax.stop_gradient(s))
         return s * s * inner
 
+    # By the other implementation, whose float32 sums have another order.
     expected = 4 * jax.grad(of(lambda x: forward(x, "xla")))(2.0)
     np.testing.assert_allclose(jax.jit(jax.grad(outer))(2.0), expected, rtol=1e-4)
 

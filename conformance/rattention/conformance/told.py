@@ -50,7 +50,7 @@ def crash(error: BaseException) -> str:
     try:
         where = traceback.extract_tb(error.__traceback__)[-1]
         return f"{text} ({where.name}, line {where.lineno})"
-    except Exception:
+    except Exception:  # no traceback at all, or one of sources that cannot be read
         return text
 
 
