@@ -221,8 +221,7 @@ class _Sequence:
         ids = self.document
         if w is not None and w >= 0:
             query = g("Pad", query, [0, 0, 0, 0, 0, 1, 0, 0])
-            key, value = (self.delayed(x, [0, w + 1, 0, 0, 0, 0, 0, 0]) for x in (key, value))
-            late = self.delayed(ids, [0, w + 1, 0, 0])
+            key, value, late = (self.delayed(x, rank) for x, rank in ((key, 4), (value, 4), (ids, 2)))
             # The step after a token of the last document belongs to it, whatever comes: it folds one more token.
             ids = g("Pad", ids, [0, 0, 0, 1])
             before = g("Slice", g("Pad", ids, [0, 1, 0, 0]), [0], [-1], [1])
@@ -248,11 +247,13 @@ class _Sequence:
             after = self.folded(fk, t["cache_state"])
         return out, after
 
-    def delayed(self, x: str, pads: list[int]) -> str:
-        """w + 1 steps later, one step longer: [B, N, ..] -> [B, N + 1, ..]."""
-        w = self.window or 0
-        padded = self.g("Pad", x, pads)
-        return self.g("Slice", padded, [0], [-w], [1]) if w else padded
+    def delayed(self, x: str, rank: int) -> str:
+        """w + 1 steps later, one step longer: [B, N, ..] -> [B, N + 1, ..]; no more zeros than there are steps."""
+        g = self.g
+        steps = g("Add", self.N, 1)
+        late = g("Unsqueeze", g("Min", (self.window or 0) + 1, steps), [0])
+        padded = g("Pad", x, g("Concat", [0], late, [0] * (2 * rank - 2), axis=0))
+        return g("Slice", padded, [0], g("Unsqueeze", steps, [0]), [1])
 
     def gate(self, ids: str) -> str:
         """Log-decay [B, N, Hkv]: minus infinity where a document other than the first starts (SEG-2, SEG-6)."""
