@@ -1,4 +1,4 @@
-"""The command line: `rattention conform | mutants | replay | vectors | ops`.
+"""The command line: `rattention conform | coverage | mutants | replay | vectors | ops`.
 
 Exit codes: 0 conforming, 1 not conforming, 2 could not run, or not to the end. A report that cannot be written is found
 out before the run; if writing fails all the same, the verdict and its exit code stay, and stderr names the file.
@@ -303,6 +303,37 @@ def mutants(
     if report:
         try_folder(report, ("mutants.json", "coverage.md"), what="--report")
     raise typer.Exit(command(profile.value, seed, report, select, console))
+
+
+@app.command()
+def coverage(
+    backend: Backend = "numpy",
+    profile: ProfileOption = Profile.quick,
+    seed: SeedOption = None,
+    report: Annotated[
+        Path | None, typer.Option(help="write coverage.json and coverage.html here", parser=named, metavar="<path>")
+    ] = None,
+) -> None:
+    """What a run draws: classes of sizes, attributes, options and values, and the pairs of them that it never draws."""
+    from rattention.conformance import coverage as covering
+    from rattention.conformance import reporting
+    from rattention.conformance.runner import Settings
+    from rattention.conformance.strategies import make_plan
+
+    if report:
+        reporting.try_folder(report, covering.FILES, what="--report")
+    chosen = secrets.randbelow(2**31) if seed is None else seed
+    console.print(f"profile {profile.value}, seed {chosen}")
+    about = backends.describe(port := backends.resolve(backend), backend)
+    backends.close(port)
+    settings = Settings(profile.value, chosen)
+    found = covering.covered(make_plan(profile.value, chosen, about), settings)
+    covering.print_covered(console, found)
+    if report:
+        told = {"backend": backend, "profile": profile.value, "seed": chosen, "pairs": covering.totals(found)}
+        folder = reporting.Folder(report)
+        folder.write(covering.coverage_files(told, found))
+        console.print(f"report: {escape(str(folder.shown / 'coverage.html'))}", soft_wrap=True)
 
 
 @vectors_app.command("export")

@@ -13,7 +13,7 @@ from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
 from rattention.conformance.strategies.plan import outside
 from rattention.conformance.told import by_user, clause_of, crash, reason_of, shown, told
-from rattention.spec import Result, SpecError, Unsupported, load, validate
+from rattention.spec import Result, SpecError, Unsupported, dtype_name, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")
 
@@ -155,7 +155,7 @@ class Context:
             self._break(label, f"{op} returned {type(result).__name__}, not a mapping of outputs", "structure")
         call = validate(op, tensors, attrs)
         shapes = call.output_shapes()
-        dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
+        dtypes = call.output_dtypes({k: dtype_name(v) for k, v in tensors.items()})
         if set(outputs) != set(shapes):
             got = f"[{', '.join(sorted(map(shown, outputs)))}]"  # anything hashable may be among them
             self._break(label, f"{op} returned {got}, expected {sorted(shapes)}", "structure")
@@ -164,7 +164,7 @@ class Context:
             # No subclass: a mask, say, hides elements from every comparison.
             if type(x) is not np.ndarray:
                 self._break(label, f"{op}: {name} is {type(x).__name__}, not a NumPy array", "structure")
-            if x.shape != shape or str(x.dtype) != dtypes[name]:
+            if x.shape != shape or dtype_name(x) != dtypes[name]:
                 got, want = f"{x.dtype}{list(x.shape)}", f"{dtypes[name]}{list(shape)}"
                 self._break(label, f"{op}: {name} is {got}, expected {want}", "structure")
         claimed = self.describe.get("kernels")
@@ -221,7 +221,7 @@ class Context:
         """Bounds for a call whose operands are exact in its storage dtype (see `Oracle.exact`)."""
         call = validate(op, tensors, attrs)
         storage = tensors[next(t.name for t in call.operation.tensors if t.dtype == "storage")].dtype
-        dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
+        dtypes = call.output_dtypes({k: dtype_name(v) for k, v in tensors.items()})
         wide = self.oracle.exact(op, tensors, attrs, storage)
         return {
             name: (value, budget + half_ulp(np.abs(value) + budget, np.dtype(storage)))

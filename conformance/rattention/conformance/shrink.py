@@ -9,7 +9,7 @@ from rattention.conformance.strategies import Recipe
 
 def simpler(r: Recipe) -> Iterator[Recipe]:
     """Recipes one step simpler than `r`, the most telling simplifications first."""
-    for option in sorted(r.options, key=lambda o: o in ("defaults", "rows", "far")):
+    for option in sorted(r.options, key=lambda o: o in ("defaults", "rows", "far", "farther", "farthest")):
         # A table without positions is legal, positions without a table are not.
         yield r.without(option, "positions") if option == "rope" else r.without(option)
     if r.dtype != "float32":

@@ -7,6 +7,7 @@ tensors, constraints on values. The first that fails is reported.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import operator
 import sys
@@ -49,7 +50,12 @@ class Call:
 
 def dtype_name(x: Any) -> str:
     """The dtype of a NumPy, Torch or JAX array by its common name, such as `bfloat16`."""
-    return str(x.dtype).removeprefix("torch.")
+    return _name_of(x.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")  # NumPy takes its time to spell one
 
 
 def validate(

@@ -58,7 +58,7 @@ def evaluate(op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> d
     machines = [emulated.Space(call.storage, stretch=s) for s in stretches] if call.storage != "float64" else []
     sums: dict[str, _Sum] = {}
     for piece, at in _pieces(call, given):
-        part = quadratic.check(op, piece, attrs)
+        part = call if piece is given else quadratic.check(op, piece, attrs)
         with np.errstate(all="ignore"):
             outputs = quadratic.evaluate(space, part, quadratic.lift(space, part, piece))
             rounded = [quadratic.evaluate(m, part, quadratic.lift(m, part, piece)) for m in machines]
@@ -130,7 +130,8 @@ def _tables(call: Call, given: Mapping[str, np.ndarray]) -> dict[str, tuple[np.n
 def _pieces(call: Call, given: dict[str, np.ndarray]) -> Iterator[tuple[dict[str, np.ndarray], dict[str, slice]]]:
     """Cut a call along batch rows and key/value heads, which meet in no operation except in sums over them."""
     dims = call.dims
-    pairs = dims["B"] * dims.get("Hq", 0) * dims.get("T", 0) * (dims.get("T", 0) + dims.get("W", 0))
+    slots = dims.get("W", 0) if "cache_k" in given else 0  # a window is no number of keys: it may be past any sequence
+    pairs = dims["B"] * dims.get("Hq", 0) * dims.get("T", 0) * (dims.get("T", 0) + slots)
     if "Hkv" not in dims or pairs <= PIECE:
         yield given, {}
         return

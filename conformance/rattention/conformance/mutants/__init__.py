@@ -18,6 +18,7 @@ FAMILIES = (
     "segments",
     "cache",
     "corners",
+    "extremes",
     "contract",
     "wire",
 )

@@ -11,6 +11,7 @@ from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Bounds
 from rattention.conformance.properties.base import default_make, register
 from rattention.conformance.strategies import Plan, Recipe
+from rattention.conformance.strategies.pairs import Pairs, completes, wanted
 from rattention.conformance.strategies.plan import supported
 from rattention.conformance.strategies.pools import recipes
 from rattention.spec import load, validate
@@ -20,18 +21,19 @@ ALL = tuple(label for label in load().clauses if not label.startswith(("ERR", "B
 WATCHED = ("BCK-2", "BCK-3", "BCK-4", "ERR-13")
 """Checked on every call of every property, and named here."""
 
-# Cases per size class of (parts, other operations), by profile smoke and quick; full has more (`Plan.count`).
+# Cases per size class of (parts, other operations), by profile smoke and quick; full has more (`Plan.count`). Where
+# calls are cheap, the pairs that these leave out come on top.
 COUNTS = {
-    "small": ((6, 60), (18, 240)),
+    "small": ((4, 40), (10, 110)),
     "medium": ((1, 8), (3, 36)),
     "tile": ((0, 4), (0, 13)),
-    "wide": ((0, 12), (1, 18)),
-    "span": ((0, 3), (0, 10)),
-    "long": ((0, 2), (0, 5)),
+    "wide": ((0, 12), (1, 13)),
+    "span": ((0, 3), (0, 7)),
+    "long": ((0, 2), (0, 3)),
     "deep": ((0, 0), (0, 14)),
 }
 # The share of these that backends with costly programs get.
-SHARES = {"small": 0.17, "medium": 0.2, "tile": 0.45, "wide": 0.17, "span": 0.25, "long": 0.34, "deep": 0.2}
+SHARES = {"small": 0.31, "medium": 0.2, "tile": 0.45, "wide": 0.23, "span": 0.36, "long": 0.56, "deep": 0.2}
 COSTLY = ("span", "long", "deep")
 """`full` has no more of these than quick: its "long" is longer."""
 FILLS = ("beyond", "full", "beyond", "mixed")
@@ -40,15 +42,24 @@ FILLS = ("beyond", "full", "beyond", "mixed")
 
 def _draw(plan: Plan) -> Iterator[Recipe]:
     for op in supported(plan):
-        for size, counts in COUNTS.items():
-            if size == "deep" and not op.startswith("rattention_extend"):
-                continue
-            smoke, quick = counts[op.removesuffix(".vjp") not in PARTS]
-            full = quick if size in COSTLY else None
-            number = plan.count(smoke, quick, full, compiled=SHARES[size]) if (smoke or plan.profile != "smoke") else 0
-            if number and quick:
-                for i, recipe in enumerate(recipes(plan, op, size, number, "agreement", lambda r: True)):
-                    yield recipe.with_(fill=FILLS[i % 4]) if size == "deep" else recipe
+        drawn = list(_by_size(plan, op))
+        yield from drawn
+        if completes(plan):
+            pairs = Pairs(plan, op)
+            pairs.add(drawn)
+            yield from pairs.complete(plan.rng("pairs", op), Recipe(op), wanted(plan))
+
+
+def _by_size(plan: Plan, op: str) -> Iterator[Recipe]:
+    for size, counts in COUNTS.items():
+        if size == "deep" and not op.startswith("rattention_extend"):
+            continue
+        smoke, quick = counts[op.removesuffix(".vjp") not in PARTS]
+        full = quick if size in COSTLY else None
+        number = plan.count(smoke, quick, full, compiled=SHARES[size]) if (smoke or plan.profile != "smoke") else 0
+        if number and quick:
+            for i, recipe in enumerate(recipes(plan, op, size, number, "agreement", lambda r: True)):
+                yield recipe.with_(fill=FILLS[i % 4]) if size == "deep" else recipe
 
 
 def _make(plan: Plan, recipe: Recipe) -> Case:

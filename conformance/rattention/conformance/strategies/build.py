@@ -62,7 +62,7 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
     if recipe.base_op == "rattention_extend":
         rng = recipe.rng("cache_length")
         bounded = recipe.window is None
-        out["cache_length"] = layouts.cache_lengths(recipe.fill, B, W, rng, bounded=bounded, top=reach(recipe))
+        out["cache_length"] = layouts.cache_lengths(recipe.fill, B, W, rng, bounded=bounded, past=reach(recipe))
         if recipe.has("lengths"):
             rng = recipe.rng("lengths")
             out["lengths"] = rng.integers(0, T + 1, B, dtype=np.int32)
@@ -72,7 +72,8 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
     if recipe.has("rope") and recipe.has("positions"):
         rng = recipe.rng("positions")
         rows = table_rows(recipe, {})
-        out["positions"] = rng.integers(0, rows, (B, T), dtype=np.int32)
+        near, far = (rng.integers(low, rows, (B, T), dtype=np.int32) for low in (0, min(reach(recipe)[0], rows - 1)))
+        out["positions"] = np.where(rng.random((B, T)) < 0.5, near, far)
         if T and B and rng.random() < 0.5:  # the last row of the table, or rows to spare
             out["positions"][0, 0] = rows - 1
         if "segment_ids" in out and recipe.has("poison"):
@@ -80,26 +81,29 @@ def integers(recipe: Recipe, tiles: tuple[int, ...] = ()) -> dict[str, np.ndarra
     return out
 
 
-def reach(recipe: Recipe) -> int:
-    """How many tokens beyond its window a cache may have seen, and how far positions may lie.
+REACH = {"far": (4097, 6000), "farther": (2**15 + 1, 2**15 + 700), "farthest": (2**24 + 1, 2**31 - 2)}
+"""How far caches and positions lie, fewest and most, under the options of these names: past a table of 4096 rows, past
+16-bit integers, past what float32 counts and up to the last int32."""
 
-    Without a rotary table the count is bounded by int32 alone: beyond 2^24 float32 cannot count.
-    """
-    if not recipe.has("rope"):
-        return 2**27 if recipe.has("far") else 40
-    return 3000 if recipe.has("far") else 40
+
+def reach(recipe: Recipe) -> tuple[int, int]:
+    """Fewest and most tokens that a cache beyond its window has seen, or rows that positions lie beyond the tokens."""
+    if recipe.has("farthest") and not recipe.has("rope"):  # no table has so many rows
+        size = dims(recipe)
+        return REACH["farthest"][0], REACH["farthest"][1] - size["W"] - size["T"]  # the count stays an int32
+    return next((REACH[option] for option in ("farther", "far") if recipe.has(option)), (1, 40))
 
 
 def table_rows(recipe: Recipe, ints: dict[str, np.ndarray]) -> int:
     """M. It follows from the signature alone, except with the option "rows": then no row is spared."""
     size = dims(recipe)
     if recipe.has("positions"):
-        return 2 * size["T"] + reach(recipe)
+        return 2 * size["T"] + reach(recipe)[1]
     if recipe.base_op == "rattention_extend":
         if recipe.has("rows"):
             new = ints.get("lengths", np.full(size["B"], size["T"]))
             return int(np.max(np.where(new > 0, ints["cache_length"].astype(np.int64) + new, 0), initial=0))
-        return size["W"] + size["T"] + reach(recipe)
+        return size["W"] + size["T"] + reach(recipe)[1]
     return size["T"] + (0 if recipe.has("rows") else 1)
 
 

@@ -92,13 +92,18 @@ def index_in_segment(ids: np.ndarray) -> np.ndarray:
     return out
 
 
-def cache_lengths(fill: str, B: int, W: int, rng: np.random.Generator, *, bounded: bool, top: int = 40) -> np.ndarray:
-    """`[B]` int32: tokens seen so far. `bounded`: window None, where the cache holds them all."""
+def cache_lengths(
+    fill: str, B: int, W: int, rng: np.random.Generator, *, bounded: bool, past: tuple[int, int] = (1, 40)
+) -> np.ndarray:
+    """`[B]` int32: tokens seen so far. `bounded`: window None, where the cache holds them all.
+
+    past: the fewest and the most tokens beyond the slots of a cache that has seen more than it holds.
+    """
     choices = {
         "empty": lambda: 0,
         "partial": lambda: int(rng.integers(1, W)) if W > 1 else 0,
         "full": lambda: W,
-        "beyond": lambda: W if bounded else W + int(rng.integers(1, top + 1)),
+        "beyond": lambda: W if bounded else W + int(rng.integers(past[0], past[1] + 1)),
     }
     out = []
     for b in range(B):

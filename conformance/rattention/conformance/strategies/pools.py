@@ -113,7 +113,7 @@ def _free_signature(
     if "rope" not in options and "positions" in options:
         options.append("rope")
     if (extend or "positions" in options) and bag.pick("far", [True, False, False]):
-        options.append("far")
+        options.append("farthest" if extend and "rope" not in options else "far")
     if "options" in fixed:
         options = list(fixed["options"])
     levels = [fixed["T"]] if "T" in fixed else extend_tokens(plan, size) if extend else tokens(plan, size)

@@ -17,8 +17,8 @@ class Recipe:
     op: operation, `.vjp` included. dtype: the storage dtype. B, T, Hkv, G, D, Dv: sizes, Hq = G Hkv.
     window, feature_map, scale, eps: attributes (scale None is left out of the call).
     options: the optional tensors that are present, and "poison": NaN, inf and huge numbers in everything inert;
-        "defaults": attributes equal to their default are left out of the call; "far": caches that have seen thousands
-        of tokens, positions as large; "rows": a rotary table without a spare row.
+        "defaults": attributes equal to their default are left out of the call; "far", "farther", "farthest": caches
+        that have seen so many tokens, positions as large (`build.REACH`); "rows": a rotary table without a spare row.
     family: how values are drawn. layout: how segments lie. fill: how full caches are. slots: W where window is None.
     weights: dtype of the "weight" class, "float32", "storage" or "mixed" (tables float32, the rest storage).
     seed: of the values.
