@@ -121,7 +121,7 @@ def coverage_files(about: Mapping[str, Any], found: Mapping[str, tuple[Covered, 
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True
     )
-    page = env.get_template("coverage.html").render(
+    page = env.get_template("coverage.html.j2").render(
         about=about, found=[(one, _picture(pairs)) for one, pairs in found.values()]
     )
     text = json.dumps(plain, indent=1, ensure_ascii=False) + "\n"

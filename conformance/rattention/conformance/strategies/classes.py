@@ -1,6 +1,6 @@
 """The classes of a recipe: of what kind its sizes, attributes, options and values are, among the kinds that matter.
 
-A run is judged by the pairs of classes that its recipes hold (`coverage`), and recipes are made to hold those that chance
+A run is judged by the pairs of classes that its recipes hold (`coverage`), and recipes are made for those that chance
 left out (`pairs`). For each factor of an operation this table says which classes there are, which of them a recipe has,
 and how a recipe of a class is drawn. The order is that of drawing: what a later factor depends on comes first.
 """
@@ -86,7 +86,7 @@ OVER = 100_000
 
 
 def cost(r: Recipe) -> float:
-    """What a case costs the reference, in pairs of a query and a key of few channels: some tenths of a microsecond each.
+    """What a case costs the reference, in pairs of a query and a key of few channels: tenths of a microsecond each.
 
     Pairs count with their channels, states and rotary tables with their elements.
     """

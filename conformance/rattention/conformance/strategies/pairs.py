@@ -57,7 +57,7 @@ class Pairs:
         """Note what these recipes hold."""
         for recipe in recipes:
             held = [self.number[f.name, f.of(recipe)] for f in self.factors]
-            self.seen[np.ix_(held, held)] = True
+            self.seen[np.ix_(np.array(held), np.array(held))] = True
             self.times[held] += 1
 
     def missing(self) -> np.ndarray:
@@ -94,9 +94,10 @@ class Pairs:
             if f.name in chosen:
                 continue
             own = self.own[f.name]
-            able = self.can_meet[np.ix_(own, held)].all(1)
+            among = np.ix_(own, np.array(held))
+            able = self.can_meet[among].all(1)
             cheap = able & (spent + self.costs[own] <= np.log(OVER))
-            gains = gap[np.ix_(own, held)].sum(1) + rng.random(len(own)) / 2
+            gains = gap[among].sum(1) + rng.random(len(own)) / 2
             if not cheap.any():  # then the cheapest, and of those the one that fills most
                 gains = gains - 1e6 * self.costs[own]
             i = int(own[np.argmax(np.where(cheap if cheap.any() else able, gains, -np.inf))])
