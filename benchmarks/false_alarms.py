@@ -1,13 +1,15 @@
 """Runs of the suite against the honest backends under fresh seeds, written to benchmarks/results/false_alarms.json.
 
-    python benchmarks/false_alarms.py [BACKEND ...] [--runs 20] [--profile full] [--seeds N ...] [--append]
+    python benchmarks/false_alarms.py                  # the campaign: every backend, at the profile of `make conform`
+    python benchmarks/false_alarms.py --append         # goes on with one that was cut off
+    python benchmarks/false_alarms.py BACKEND ... [--runs 20] [--profile full] [--seeds N ...]
 
 Every run must end conforming: an alarm is a fault of the suite, of the reference or of the backend, and its cases are
 kept under report/false-alarms. For each backend: the seeds, the verdicts, units, seconds, and the largest share of the
 error budget that any run used, per operation and dtype. Exit code 1 where a run raised an alarm.
 
-A worker takes a seed and runs the backends one after the other on it, so that they share the reference's answers and
-budgets, which cost more than the backends themselves; programs that JAX has compiled serve its next seeds.
+A worker takes a seed and runs backends that draw the same cases one after the other on it, so that they share the
+reference's answers and budgets, which cost more than the backends themselves.
 """
 
 from __future__ import annotations
@@ -34,18 +36,27 @@ RESULTS = ROOT / "benchmarks" / "results" / "false_alarms.json"
 PATHS = [str(ROOT / p) for p in ("spec", "backends/numpy", "backends/torch", "backends/jax", "conformance")]
 
 
+CAMPAIGN = (
+    (("numpy", "torch", "jax"), "quick", 10),
+    (("onnx", "onnxruntime"), "quick", 20),
+    (("torch-triton",), "smoke", 20),
+    (("jax-pallas",), "smoke", 20),
+)
+"""Backends, the profile that `make conform` runs them at on a machine without an accelerator, and fresh seeds."""
+ACCELERATORS = ("accel*", "vfio/*", "nvidia*", "kfd")
+"""Under /dev; without one, kernels run under their interpreters, as `make conform` has them."""
 ANSWERS = 4 * 2**30
 """Bytes of the reference's answers that a worker keeps: all those of a seed."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("backends", nargs="*", default=["numpy", "torch", "jax"])
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--profile", default="full", choices=["smoke", "quick", "full"])
+    parser.add_argument("backends", nargs="*", help="instead of the campaign over every backend")
+    parser.add_argument("--runs", type=int, default=20, help="of the backends given")
+    parser.add_argument("--profile", default="quick", choices=["smoke", "quick", "full"], help="of the backends given")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seeds", type=int, nargs="*", help="instead of fresh ones")
-    parser.add_argument("--append", action="store_true", help="add to the runs that the output file holds")
+    parser.add_argument("--seeds", type=int, nargs="*", help="of the backends given, instead of fresh ones")
+    parser.add_argument("--append", action="store_true", help="keep the runs that the output file holds")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     # Worker processes import the suite too.
@@ -54,19 +65,43 @@ def main() -> int:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
 
-    seeds = options.seeds or [secrets.randbelow(2**31) for _ in range(options.runs)]
+    if not any(found for pattern in ACCELERATORS for found in Path("/dev").glob(pattern)):
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
     told: list[dict[str, Any]] = []
     if options.append and options.output.exists():
         told = json.loads(options.output.read_text(encoding="utf-8"))["runs"]
+    if options.backends:
+        seeds = options.seeds or [secrets.randbelow(2**31) for _ in range(options.runs)]
+        jobs = [(tuple(options.backends), options.profile, seed) for seed in seeds]
+    else:
+        jobs = missing(told, commit())
     context = multiprocessing.get_context("spawn")  # a framework's threads do not survive a fork
     from rattention.conformance.workers import end_with_parent
 
     with ProcessPoolExecutor(options.workers, context, end_with_parent) as pool:
-        waiting = [pool.submit(one_seed, options.backends, options.profile, seed) for seed in seeds]
-        for done in as_completed(waiting):
+        waiting = [pool.submit(one_seed, list(backends), profile, seed) for backends, profile, seed in jobs]
+        for number, done in enumerate(as_completed(waiting), 1):
             told += done.result()
             write(told, options.output)
+            print(f"{number} of {len(jobs)} seeds done", flush=True)
     return 1 if any(not run["conforming"] for run in told) else 0
+
+
+Job = tuple[tuple[str, ...], str, int]
+
+
+def missing(told: list[dict[str, Any]], commit: str) -> list[Job]:
+    """Fresh seeds for what the campaign lacks on this commit."""
+    jobs: list[Job] = []
+    for backends, profile, runs in CAMPAIGN:
+        done = min(
+            sum(run["backend"] == name and run["profile"] == profile and run["commit"] == commit for run in told)
+            for name in backends
+        )
+        jobs += [(backends, profile, secrets.randbelow(2**31)) for _ in range(runs - done)]
+    return jobs
 
 
 def one_seed(backends: list[str], profile: str, seed: int) -> list[dict[str, Any]]:
@@ -83,7 +118,7 @@ def one(backend: str, profile: str, seed: int, oracle: Oracle) -> dict[str, Any]
     from rattention.conformance.cli import default_vectors
     from rattention.conformance.runner import Settings, conform
 
-    settings = Settings(profile, seed, vectors=tuple(default_vectors()))
+    settings = Settings(profile, seed, vectors=tuple(default_vectors(profile)))
     outcome = conform(backend, settings, oracle=oracle)
     summary = reporting.summarise(outcome)
     alarms = [v["message"] for f in summary["failures"] for v in f["violations"]]
@@ -140,7 +175,7 @@ def write(runs: list[dict[str, Any]], path: Path) -> None:
         )
     summary = {
         "python": platform.python_version(),
-        "versions": versions("numpy", "ml_dtypes", "torch", "jax", "jaxlib"),
+        "versions": versions("numpy", "ml_dtypes", "torch", "triton", "jax", "jaxlib", "onnx", "onnxruntime"),
         "cpus": os.cpu_count(),
         "summary": table,
         "runs": runs,

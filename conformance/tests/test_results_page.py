@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rattention.conformance.backends import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,3 +40,17 @@ def test_tables_are_made_of_results(load, tmp_path):
     cell = {"all": 2.0**-20, "one": None}
     text = tables.sharpness({"seeds": [1, 2], "smallest": {"rms_mix": {"out": {"float32": cell}}}})
     assert "| `rms_mix` | `out` | 9.5e-07 / none |  |  |" in text
+
+
+def test_the_campaign_of_false_alarms_asks_for_what_it_lacks(load):
+    alarms = load("false_alarms")
+    every = alarms.missing([], "abc")
+    assert len(every) == sum(runs for _, _, runs in alarms.CAMPAIGN)
+    assert {name for backends, _, _ in alarms.CAMPAIGN for name in backends} == set(BUILT_IN)
+    told = [
+        {"backend": name, "profile": profile, "seed": seed, "commit": "abc"}
+        for backends, profile, seed in every[3:]
+        for name in backends
+    ]
+    assert [job[:2] for job in alarms.missing(told, "abc")] == [job[:2] for job in every[:3]]
+    assert len(alarms.missing(told, "abd")) == len(every)

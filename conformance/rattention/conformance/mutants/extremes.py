@@ -64,7 +64,7 @@ class PaddingBehindEndsTheState(Form):
         folds, live = super().folds(), self.plan.live
         if self.op == "rattention_extend" or live.shape[1] < 2:
             return folds
-        return folds & live[:, -2:].any(1)[:, None]
+        return folds & np.any(live[:, -2:], 1)[:, None]
 
 
 def _row_of(rows: int):
