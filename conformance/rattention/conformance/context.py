@@ -13,7 +13,7 @@ from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
 from rattention.conformance.strategies.plan import outside
 from rattention.conformance.told import by_user, clause_of, crash, reason_of, shown, told
-from rattention.spec import Result, SpecError, Unsupported, load, validate
+from rattention.spec import UNREAD, Result, SpecError, Unsupported, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")
 
@@ -121,7 +121,7 @@ class Context:
         about = self.describe
         if op not in names(about, "operations"):
             return f"operation {op} is not declared"
-        call = validate(op, tensors, attrs)
+        call = validate(op, tensors, attrs, host=UNREAD)
         if call.storage not in names(about, "dtypes"):
             return f"dtype {call.storage} is not declared"
         lacking = load().needs(tensors) - set(names(about, "capabilities"))
@@ -153,7 +153,7 @@ class Context:
             )
         if not mapping:
             self._break(label, f"{op} returned {type(result).__name__}, not a mapping of outputs", "structure")
-        call = validate(op, tensors, attrs)
+        call = validate(op, tensors, attrs, host=UNREAD)
         shapes = call.output_shapes()
         dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
         if set(outputs) != set(shapes):
@@ -219,7 +219,7 @@ class Context:
 
     def tight(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Bounds:
         """Bounds for a call whose operands are exact in its storage dtype (see `Oracle.exact`)."""
-        call = validate(op, tensors, attrs)
+        call = validate(op, tensors, attrs, host=UNREAD)
         storage = tensors[next(t.name for t in call.operation.tensors if t.dtype == "storage")].dtype
         dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
         wide = self.oracle.exact(op, tensors, attrs, storage)
