@@ -22,6 +22,10 @@ class Refused(Exception):
     """The backend said Unsupported and was entitled to: the case ends without a verdict."""
 
 
+class Moot(Exception):
+    """Nothing that the backend could have answered would be wrong: the case is no test of anything, and not counted."""
+
+
 class Broken(Exception):
     """A violation after which the case cannot go on."""
 
@@ -41,7 +45,7 @@ class Context:
     """A backend, its description, the oracle, and what was seen so far.
 
     `violations` collects what the watch around each call finds; `shares` holds the largest share of the budget used,
-    by (operation, dtype, output).
+    by (operation, dtype, output). `held` are the clauses that the watch has held calls against.
     """
 
     def __init__(self, backend: Any, describe: Mapping[str, Any], plan: Plan, oracle: Oracle | None = None):
@@ -52,6 +56,7 @@ class Context:
         self.violations: list[Violation] = []
         self.shares: dict[tuple[str, str, str], float] = {}
         self.calls = 0
+        self.held: set[str] = set()
         self._kept: list[tuple[str, np.ndarray, np.ndarray]] = []
 
     # ------------------------------------------------------------------------------------------ calls
@@ -80,8 +85,12 @@ class Context:
             self._break(("BCK-3",), f"{op} raised {crash(error)}", "crash")
         finally:
             self._unmodified(op, tensors, before)
+        beyond = self.entitled(op, tensors, attrs)
+        if beyond:
+            self._break(("BCK-3", "BCK-1"), f"{op} ran although it is not declared: {beyond}", "refusal")
         outputs = self._structure(op, tensors, attrs, result)
         self._memory(op, tensors, outputs)
+        self.held |= {"BCK-2", "BCK-3", "ERR-13"}
         return outputs
 
     def call(self, op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
@@ -181,6 +190,7 @@ class Context:
         path = told(metadata.get("path", ""))
         if empty:
             return
+        self.held.add("BCK-4")
         if not launched or path in ("", "eager", "xla", "fallback"):
             self.violations.append(
                 Violation(

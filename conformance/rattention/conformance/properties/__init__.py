@@ -3,6 +3,7 @@
 from rattention.conformance.properties import (
     agreement,
     contract,
+    declared,
     drift,
     exact,
     inert,
@@ -20,6 +21,7 @@ __all__ = [
     "Property",
     "agreement",
     "contract",
+    "declared",
     "drift",
     "exact",
     "inert",
