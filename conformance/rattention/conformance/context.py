@@ -133,7 +133,7 @@ class Context:
         call = validate(op, tensors, attrs, host=UNREAD)
         if call.storage not in names(about, "dtypes"):
             return f"dtype {call.storage} is not declared"
-        lacking = load().needs(tensors) - set(names(about, "capabilities"))
+        lacking = load().needs(op, tensors) - set(names(about, "capabilities"))
         if lacking:
             return "capability not declared: " + ", ".join(sorted(lacking))
         limits = about.get("limits")

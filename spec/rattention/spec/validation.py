@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import enum
-import math
 import operator
 import sys
 from collections import Counter
@@ -20,6 +19,11 @@ import numpy as np
 from rattention.spec import constraints
 from rattention.spec.errors import SpecError
 from rattention.spec.operations import REQUIRED, Attribute, Operation, Tensor, load
+
+SMALLEST = 2.0**-126
+"""The smallest normal number of float32; what lies below it some hardware takes for 0."""
+TOO_LARGE = 2.0**128 - 2.0**103
+"""The smallest number that rounds to an infinity in float32."""
 
 POSITIVE_DIMS = frozenset({"H", "Hq", "Hkv", "D", "Dv"})
 
@@ -232,7 +236,7 @@ def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
         number = operator.index(value) if kind == "int" else float(value)
     except (TypeError, ValueError, OverflowError):
         raise error from None
-    if kind != "int" and not math.isfinite(number):
+    if kind != "int" and not _normal(number):
         raise error
     if spec.minimum is not None and number < spec.minimum:
         raise error
@@ -241,6 +245,11 @@ def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
     if spec.multiple_of is not None and number % spec.multiple_of:
         raise error
     return number
+
+
+def _normal(number: float) -> bool:
+    """Whether float32 holds the number, rounded, as 0 or a finite normal one. What flushes or overflows is none."""
+    return number == 0 or SMALLEST <= abs(number) < TOO_LARGE
 
 
 def _holds_a_bool(value: Any) -> bool:

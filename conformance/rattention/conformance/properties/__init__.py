@@ -13,6 +13,7 @@ from rattention.conformance.properties import (
     ranges,
     stored,
     symmetry,
+    values,
 )
 from rattention.conformance.properties.base import REGISTRY, Property, make_case
 
@@ -32,4 +33,5 @@ __all__ = [
     "ranges",
     "stored",
     "symmetry",
+    "values",
 ]

@@ -107,16 +107,16 @@ def _draw_empty(plan: Plan) -> Iterator[Recipe]:
             # Each is a program of its own where programs are compiled.
             if i > {"direct": 2, "compiled": 1, "interpreted": 0}[plan.cost] or (i and plan.profile == "smoke"):
                 continue
-            for k, options in enumerate(_option_sets(op)):
+            for k, options in enumerate(_option_sets(plan, op)):
                 if k and plan.cost != "direct":
                     continue
                 window = (2, None, -1, 0)[(n + i + k) % 4]
                 yield Recipe(op, dtype, B=B, T=T, Hkv=2, G=2, window=window, options=options, seed=i, layout="one")
 
 
-def _option_sets(op: str) -> list[tuple[str, ...]]:
+def _option_sets(plan: Plan, op: str) -> list[tuple[str, ...]]:
     base = op.removesuffix(".vjp")
-    options = tuple(o for o in OPTIONS.get(base, ()) if o != "scale")
+    options = tuple(o for o in OPTIONS.get(base, ()) if o != "scale" and plan.allows(o))
     if op.endswith(".vjp"):
         options += ("d_final_state", "d_cache_state") if options else ()
     return [(), options] if options else [()]

@@ -16,7 +16,6 @@ from rattention.conformance.strategies.pools import OPTIONS
 from rattention.conformance.told import by_user, crash, shown, told
 from rattention.spec import load
 
-SMALL = {"B": 1, "T": 4, "Hkv": 1, "G": 1, "D": 4, "Dv": 4}
 LARGEST = {"B": 64, "T": 2048, "Hkv": 64, "G": 64, "D": 2048, "Dv": 2048}
 """Sizes up to which a call beyond a declared limit is made."""
 
@@ -51,11 +50,7 @@ def _past_limits(plan: Plan, op: str) -> Iterator[Recipe]:
         for value in _outside(name, bound):
             if field in LARGEST and not (1 if field not in ("B", "T") else 0) <= value <= LARGEST[field]:
                 continue
-            recipe = (
-                Recipe(op, plan.dtypes[0], **{field: value}, window=0)
-                if field != "window"
-                else Recipe(op, plan.dtypes[0], window=value)
-            )
+            recipe = Recipe(op, plan.dtypes[0], window=0).with_(**{field: value})
             if not inside(recipe, {name: bound}):
                 yield recipe
                 break
@@ -166,7 +161,7 @@ def _names(about: Mapping[str, Any]) -> Iterator[str]:
     for op in names(about, "operations"):
         if op in spec.operations:
             required = [t.name for t in spec.operations[op].tensors if not t.optional]
-            for lacking in sorted(spec.needs(required) - set(names(about, "capabilities"))):
+            for lacking in sorted(spec.needs(op, required) - set(names(about, "capabilities"))):
                 yield f"operations holds {op!r}, every call of which needs the capability {lacking!r}"
 
 

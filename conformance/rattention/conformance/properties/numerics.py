@@ -44,7 +44,7 @@ def _draw_strides(plan: Plan) -> Iterator[Recipe]:
         yield from recipes(plan, op, "small", plan.count(1, 12, compiled=0.25), "strides", lambda r: True)
 
 
-LAYOUTS = ("swapped", "reversed", "sliced", "read-only", "fortran", "offset", "broadcast")
+LAYOUTS = ("swapped", "reversed", "ones reversed", "sliced", "read-only", "fortran", "offset", "broadcast")
 
 
 def relaid(x: np.ndarray, layout: str) -> np.ndarray:
@@ -53,6 +53,9 @@ def relaid(x: np.ndarray, layout: str) -> np.ndarray:
         return np.ascontiguousarray(x.swapaxes(-2, -1)).swapaxes(-2, -1) if x.ndim < 4 else _heads_first(x)
     if layout == "reversed" and x.ndim:
         return np.ascontiguousarray(np.flip(x, -1))[..., ::-1]
+    if layout == "ones reversed" and 1 in x.shape:
+        # An axis of one element has any stride, a negative one too, and some libraries refuse it.
+        return x.copy()[tuple(slice(None, None, -1) if n == 1 else slice(None) for n in x.shape)]
     if layout == "sliced" and x.ndim:
         wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
         wide[..., ::2] = x
