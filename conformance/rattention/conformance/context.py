@@ -82,7 +82,9 @@ class Context:
         except BaseException as error:  # a backend may fail in any way it likes, SystemExit included
             if by_user(error):
                 raise
-            self._break(("BCK-3",), f"{op} raised {crash(error)}", "crash")
+            beyond = self.entitled(op, tensors, attrs)
+            expected = f"{beyond}: expected Unsupported; " if beyond else ""
+            self._break(("BCK-3",), f"{expected}{op} raised {crash(error)}", "crash")
         finally:
             self._unmodified(op, tensors, before)
         beyond = self.entitled(op, tensors, attrs)

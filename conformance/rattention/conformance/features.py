@@ -40,6 +40,8 @@ def exercised(op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, An
     feature_map = attrs.get("feature_map", "softmax")
     if base == "feature_map":
         found |= _map(feature_map, [tensors["x"]], vjp)
+        # Elsewhere features may be rounded to storage, and what they were computed in is lost in the budget.
+        found |= {"FM-4"} if feature_map == "softmax" else set()
     if base == "rms_mix":
         found |= {"MIX-1", "MIX-2"}
     if base in SOFTMAX + LINEAR:
@@ -234,10 +236,9 @@ def _cache(vjp: bool, f: Facts, tensors: Mapping[str, np.ndarray]) -> set[str]:
 
 
 def _map(feature_map: str, inputs: list[np.ndarray], vjp: bool) -> set[str]:
-    """Clauses of phi. A map that only copies and selects is exact in any precision."""
+    """Clauses of phi that show wherever it is used."""
     found = {MAPS[feature_map]}
     if feature_map == "softmax":
-        found.add("FM-4")
         with np.errstate(invalid="ignore"):
             found |= {"FM-5"} if any((np.abs(x.astype(np.float32)) >= LARGE).any() for x in inputs) else set()
     if feature_map == "relu" and vjp:

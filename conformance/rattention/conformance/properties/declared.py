@@ -42,6 +42,8 @@ def _past_limits(plan: Plan, op: str) -> Iterator[Recipe]:
     """For each declared limit a call that lies beyond it, and inside every other one where that can be."""
     spec = load().operations[op]
     symbols = {symbol for t in spec.tensors for symbol in t.shape}
+    table = "head_dim" in spec.attribute  # which is D, and even
+    symbols |= {"D"} if table else set()
     fields = {"B": "B", "T": "T", "Hkv": "Hkv", "Hq": "G", "H": "Hkv", "D": "D", "Dv": "Dv"}
     for name, bound in plan.limits.items():
         if name not in symbols | set(spec.attribute):
@@ -50,7 +52,8 @@ def _past_limits(plan: Plan, op: str) -> Iterator[Recipe]:
         for value in _outside(name, bound):
             if field in LARGEST and not (1 if field not in ("B", "T") else 0) <= value <= LARGEST[field]:
                 continue
-            recipe = Recipe(op, plan.dtypes[0], window=0).with_(**{field: value})
+            size = value + value % 2 if table and field == "D" else value
+            recipe = Recipe(op, plan.dtypes[0], window=0).with_(**{field: size})
             if not inside(recipe, {name: bound}):
                 yield recipe
                 break

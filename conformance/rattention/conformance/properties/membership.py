@@ -148,7 +148,7 @@ def _clauses(case: Case) -> tuple[str, ...]:
     """Clauses whose breach the zeros show: of one branch alone where the case looks at one."""
     branch, labels = case.params.get("branch"), CLAUSES
     if case.is_vjp:
-        labels = ("GRAD-2", "GRAD-5", *FORWARD["softmax"], *FORWARD["linear"], "EXT-9")
+        labels = ("GRAD-2", "GRAD-5", *FORWARD["softmax"], *FORWARD["linear"])
     hidden = {"softmax": "linear", "linear": "softmax"}.get(str(branch))
     return among(case.op, case.tensors, case.attrs, tuple(x for x in labels if x not in FORWARD.get(hidden, ())))
 
