@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -457,3 +458,48 @@ def test_order_of_the_checks():
     expect("ERR-8", "segment_ids")
     tensors["segment_ids"] = good["segment_ids"]
     check("rattention", tensors, attrs)
+
+
+# ------------------------------------------------------------------------------------------------ floats
+
+FLOAT32 = np.finfo(np.float32)
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -0.0, 1, float(FLOAT32.max), -float(FLOAT32.max), float(FLOAT32.tiny), 3.4028235e38]
+)
+def test_a_scale_that_float32_holds(value):  # ERR-5
+    tensors, attrs = valid_call("rattention")
+    assert validate("rattention", tensors, attrs | {"scale": value}).attributes["scale"] == value
+
+
+@pytest.mark.parametrize(
+    "value", [1e39, -1e39, 3.4028236e38, 2.0**-127, -1e-50, 5e-324, 10**400, math.inf, -math.inf, math.nan]
+)
+def test_a_scale_that_float32_does_not_hold(value):  # ERR-5
+    tensors, attrs = valid_call("rattention")
+    error = refusal("rattention", tensors, attrs | {"scale": value})
+    assert (error.argument, error.clause) == ("scale", "ERR-5")
+    assert error.expected == "0, a float in the normal range of float32, or None"
+
+
+@pytest.mark.parametrize(("op", "name"), [("rms_mix", "eps"), ("rope_table", "theta")])
+@pytest.mark.parametrize("value", [1e39, 1e-50, 1e-40, 0.0, -1.0])
+def test_eps_and_theta_are_positive_in_float32_too(op, name, value):  # ERR-5
+    tensors, attrs = valid_call(op)
+    error = refusal(op, tensors, attrs | {name: value})
+    assert (error.argument, error.expected) == (name, "a float > 0 in the normal range of float32")
+
+
+def test_what_is_held_is_what_float32_rounds_to_a_normal_number():  # ERR-5
+    tensors, attrs = valid_call("rattention")
+    top = 2.0**128 - 2.0**103  # halfway between the largest float32 and the next power of two
+    for value in (np.nextafter(top, 0), top, FLOAT32.tiny, np.nextafter(float(FLOAT32.tiny), 0)):
+        with np.errstate(over="ignore"):
+            held = bool(np.isfinite(np.float32(value))) and value >= FLOAT32.tiny
+        try:
+            validate("rattention", tensors, attrs | {"scale": float(value)})
+            taken = True
+        except SpecError:
+            taken = False
+        assert taken == held, value
