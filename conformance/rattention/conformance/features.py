@@ -29,7 +29,7 @@ FAR = 100
 def exercised(op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> tuple[str, ...]:
     """The clauses that agreement with the reference on this call can break, in the order of the specification."""
     base, vjp = op.removesuffix(".vjp"), op.endswith(".vjp")
-    found = set(ALWAYS)
+    found: set[str] = set(ALWAYS)
     if base == "rope_table":
         positions = np.abs(tensors["positions"].astype(np.int64))
         found |= {"ROPE-1"} if positions.any() else set()
