@@ -182,7 +182,7 @@ def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place:
             outcome = runner.conform(target, settings, progress=step)
         except workers.SuiteFault as fault:
             raise backends.CannotRun(f"the suite itself failed at {fault}") from None
-    if not outcome.stopped and not any(r.status != "skip" for r in outcome.results):
+    if not outcome.stopped and outcome.empty:
         raise backends.CannotRun(f"nothing to run: --select {settings.select} matches no case of this profile")
     summary = reporting.summarise(outcome)
     files = reporting.report_files(outcome, summary) if whole else reporting.case_files(outcome)

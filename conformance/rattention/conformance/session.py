@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rattention.conformance import backends, vectors
 from rattention.conformance.case import Case
-from rattention.conformance.context import Broken, Context, Refused, storage_of
+from rattention.conformance.context import Broken, Context, Moot, Refused, storage_of
 from rattention.conformance.diagnose import diagnose
 from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Oracle
@@ -31,7 +31,10 @@ class Unit:
 
 @dataclass
 class UnitResult:
-    """What became of a unit. status: pass, fail, unsupported or skip."""
+    """What became of a unit. status: pass, fail, unsupported or skip.
+
+    clauses: those that the case could have broken. always: it ran though --select does not name it.
+    """
 
     index: int
     property_name: str
@@ -44,6 +47,7 @@ class UnitResult:
     seconds: float = 0.0
     calls: int = 0
     shares: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    always: bool = False
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Session:
         self.plan = plan
         self.select = select
         self.ctx = Context(backend, describe, plan, oracle)
+        self.moot = False
 
     def run(self, unit: Unit) -> UnitResult:
         """One unit. A fault of the suite itself is not caught: it is no verdict on the backend."""
@@ -83,14 +88,18 @@ class Session:
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
         if case is None or not self.selected(prop, case):
             return result
-        clauses = (*case.clauses, *backends.wire_clauses(self.ctx.backend))
-        clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
-        result.op, result.dtype, result.clauses = case.op, storage_of(case), clauses
+        result.op, result.dtype = case.op, storage_of(case)
         if case.op not in load().operations:
             result.dtype = "any"
         calls = self.ctx.calls
+        self.ctx.held = set()
+        result.always = not self.named(prop, case)
         result.violations, result.reason = self.verdict(prop, case)
+        if self.moot and not result.violations:
+            return result
         result.status = "fail" if result.violations else "unsupported" if result.reason else "pass"
+        held = self.ctx.held | set(case.clauses) | set(backends.wire_clauses(self.ctx.backend))
+        result.clauses = tuple(label for label in load().clauses if label in held)
         result.calls = self.ctx.calls - calls
         result.shares, self.ctx.shares = self.ctx.shares, {}
         result.seconds = time.perf_counter() - begin
@@ -98,6 +107,11 @@ class Session:
 
     def selected(self, prop: Property, case: Case) -> bool:
         """Whether --select keeps the case: a clause, the letters of a group of clauses, an operation, a property."""
+        # What a backend says of itself decides which cases there are, whatever is selected.
+        return case.params.get("what") == "describe" or self.named(prop, case)
+
+    def named(self, prop: Property, case: Case) -> bool:
+        """Whether --select names the case, or nothing is selected."""
         wanted = self.select
         if not wanted:
             return True
@@ -105,8 +119,9 @@ class Session:
         return wanted in names or any(label.startswith(wanted + "-") for label in case.clauses)
 
     def verdict(self, prop: Property, case: Case) -> tuple[list[Violation], str]:
-        """Violations, and the reason where the backend refused with every right to it."""
-        ctx = self.ctx
+        """Violations, and the reason where the backend refused with every right to it. `moot` says of the last one
+        whether the case asked for nothing."""
+        ctx, self.moot = self.ctx, False
         ctx.violations = []
         found: list[Violation] = []
         reason = ""
@@ -115,6 +130,8 @@ class Session:
                 found = prop.check(ctx, case)
         except Refused as refusal:
             reason = str(refusal)
+        except Moot:
+            self.moot = True
         except Broken:
             pass
         found, ctx.violations = [*ctx.violations, *found], []

@@ -3,6 +3,7 @@
 from rattention.conformance.properties import (
     agreement,
     contract,
+    declared,
     drift,
     exact,
     inert,
@@ -12,6 +13,7 @@ from rattention.conformance.properties import (
     ranges,
     stored,
     symmetry,
+    values,
 )
 from rattention.conformance.properties.base import REGISTRY, Property, make_case
 
@@ -20,6 +22,7 @@ __all__ = [
     "Property",
     "agreement",
     "contract",
+    "declared",
     "drift",
     "exact",
     "inert",
@@ -30,4 +33,5 @@ __all__ = [
     "ranges",
     "stored",
     "symmetry",
+    "values",
 ]

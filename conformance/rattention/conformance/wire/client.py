@@ -74,7 +74,7 @@ class Port:
         about = self.describe()
         given = {name: np.asarray(x) for name, x in tensors.items() if x is not None}
         if not about.get("validates"):
-            validate(op, given, attrs, host={n: x for n, x in given.items() if x.dtype == np.int32})
+            validate(op, given, attrs)
             if op not in about["operations"]:
                 raise Unsupported(f"operation {op} is not declared")
         if self.process is None:
