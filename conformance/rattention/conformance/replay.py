@@ -7,9 +7,13 @@ from pathlib import Path
 
 from rattention.conformance import backends, vectors
 from rattention.conformance.case import Case
+from rattention.conformance.diagnose import diagnose
 from rattention.conformance.properties import REGISTRY
 from rattention.conformance.session import Session
+from rattention.conformance.shown import tensor_lines
 from rattention.conformance.strategies import make_plan
+from rattention.conformance.strategies.callline import call_line
+from rattention.conformance.strategies.recover import recipe_of
 from rattention.conformance.vectors import CaseError
 from rattention.spec import load
 
@@ -52,19 +56,24 @@ def check_files(files: Iterable[Path]) -> None:
             raise CaseError(file, reason)
 
 
-def verdict_lines(session: Session, case: Case, name: str) -> tuple[list[str], bool]:
-    """What one case says, line by line, and whether it failed."""
+def verdict_lines(session: Session, case: Case, name: str, *, whole: bool = False) -> tuple[list[str], bool]:
+    """What one case says, line by line, and whether it failed. `whole`: with the guess, and with its tensors."""
     judge = "" if case.property_name == "agreement" else f"  property {case.property_name}"
     violations, reason = session.verdict(REGISTRY[case.property_name], case)
     if not violations:
         verdict = f"{'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
         return [f"{verdict}{f'  ({reason})' if reason else ''}"], False
-    lines = [f"FAIL  {name}  {case.op}  property {case.property_name}"]
+    crashed = any(v.crash for v in violations)
+    lines = [f"{'CRASH' if crashed else 'FAIL'}  {name}  {case.op}  property {case.property_name}"]
+    if whole:
+        lines.append(f"case: {call_line(case)}")
+        diagnose(session.ctx, case, recipe_of(case), violations, violations)
     for v in violations:
-        lines.append(f"  {v.message}")
+        lines.append(f"- {v.message}{f'  (looks like: {v.guess})' if v.guess else ''}")
+        lines.extend(f"    {line}" for line in v.trace.splitlines())
         labels = case.clauses if v.clauses == ("NUM-1",) and case.clauses else v.clauses
         lines.extend(f"    {label} {load().clauses.get(label, '')}" for label in labels[:6])
-    return lines, True
+    return lines + (tensor_lines(session, case, violations) if whole else []), True
 
 
 def replay(path: Path, target: str) -> tuple[list[str], bool]:
@@ -78,7 +87,7 @@ def replay(path: Path, target: str) -> tuple[list[str], bool]:
     case = vectors.load_valid(path)
     session = open_session(target)
     try:
-        return verdict_lines(session, case, path.name)
+        return verdict_lines(session, case, path.name, whole=True)
     finally:
         backends.close(session.ctx.backend)
 

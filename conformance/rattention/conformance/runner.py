@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rattention.conformance import backends, vectors
+from rattention.conformance import backends, interrupts, vectors
 from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Oracle
 from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.session import Failure, Session, Unit, UnitResult
 from rattention.conformance.strategies import Plan, make_plan
+from rattention.conformance.strategies.callline import call_line
 
 if TYPE_CHECKING:
     from rattention.conformance.workers import Pool
@@ -147,6 +148,8 @@ def _in_workers(pool: Pool, plan: Plan, units: list[Unit], outcome: Outcome, pro
     except (KeyboardInterrupt, backends.CannotRun) as reason:
         if not pool.results:
             raise  # there is nothing to keep
+        if isinstance(reason, KeyboardInterrupt):
+            interrupts.hold()
         outcome.stopped = str(reason) or INTERRUPTED
     outcome.results, outcome.failures = _found(pool, units), pool.failures
     _keep_raw(plan, units, outcome, worth_shrinking(outcome.results))
@@ -176,6 +179,7 @@ def _in_process(
     except KeyboardInterrupt:
         if not outcome.results:
             raise
+        interrupts.hold()
         outcome.stopped = INTERRUPTED
     _keep_raw(session.plan, units, outcome, worth_shrinking(outcome.results))
 
@@ -190,7 +194,7 @@ def _keep_raw(plan: Plan, units: list[Unit], outcome: Outcome, chosen: list[int]
         unit, result = units[index], by_index[index]
         case = make_case(REGISTRY[unit.property_name], plan, unit.recipe)
         if case is not None:
-            about = unit.recipe.describe()
+            about = call_line(case, unit.recipe)
             data = vectors.case_bytes(case)
             outcome.failures.append(
                 Failure(index, unit.property_name, result.op, result.dtype, about, result.violations, data, case.note)
@@ -198,11 +202,14 @@ def _keep_raw(plan: Plan, units: list[Unit], outcome: Outcome, chosen: list[int]
 
 
 def worth_shrinking(results: list[UnitResult]) -> list[int]:
-    """Indices of the failures that are made small: a few per property and operation, the quickest first."""
-    seen: Counter[tuple[str, str]] = Counter()
+    """Indices of the failures that are made small: a few per property and operation, the quickest first.
+
+    Crashes count apart: behind a few wrong numbers none of them must go without its traceback.
+    """
+    seen: Counter[tuple[str, str, bool]] = Counter()
     chosen = []
     for r in sorted((r for r in results if r.status == "fail"), key=lambda r: (r.seconds > 0.5, r.index)):
-        key = (r.property_name, r.op)
+        key = (r.property_name, r.op, r.crashed)
         if seen[key] < FAILURES_PER_KIND and len(chosen) < FAILURES_SHRUNK:
             seen[key] += 1
             chosen.append(r.index)

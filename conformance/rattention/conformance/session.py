@@ -17,7 +17,8 @@ from rattention.conformance.oracle import Oracle
 from rattention.conformance.properties import REGISTRY, Property, make_case
 from rattention.conformance.shrink import shrink
 from rattention.conformance.strategies import Plan, Recipe
-from rattention.spec import load
+from rattention.conformance.strategies.callline import call_line
+from rattention.spec import SpecError, load
 
 
 @dataclass
@@ -45,19 +46,27 @@ class UnitResult:
     calls: int = 0
     shares: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
+    @property
+    def crashed(self) -> bool:
+        return any(v.crash for v in self.violations)
+
 
 @dataclass
 class Failure:
-    """A failure made small: the case file's bytes, the recipe it came from and what is wrong."""
+    """A failure made small: the case file's bytes, its call in one line and what is wrong.
+
+    found: the storage dtype of the case that failed first, where shrinking has gone over to another; else empty.
+    """
 
     index: int
     property_name: str
     op: str
     dtype: str
-    recipe: str
+    call: str
     violations: list[Violation]
     case: bytes
     note: str = ""
+    found: str = ""
 
 
 class Session:
@@ -85,9 +94,7 @@ class Session:
             return result
         clauses = (*case.clauses, *backends.wire_clauses(self.ctx.backend))
         clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
-        result.op, result.dtype, result.clauses = case.op, storage_of(case), clauses
-        if case.op not in load().operations:
-            result.dtype = "any"
+        result.op, result.dtype, result.clauses = case.op, dtype_of(case), clauses
         calls = self.ctx.calls
         result.violations, result.reason = self.verdict(prop, case)
         result.status = "fail" if result.violations else "unsupported" if result.reason else "pass"
@@ -136,7 +143,11 @@ class Session:
 
         def fails(recipe: Recipe) -> bool:
             case = self._legal(prop, recipe)
-            return case is not None and any((v.kind, v.output) in marks for v in self.verdict(prop, case)[0])
+            return (
+                case is not None
+                and self._promised(case)
+                and any((v.kind, v.output) in marks for v in self.verdict(prop, case)[0])
+            )
 
         attempts = {"direct": 60, "compiled": 10, "interpreted": 6}[self.plan.cost]
         recipe = shrink(unit.recipe, fails, attempts) if prop.shrinks else unit.recipe
@@ -145,15 +156,17 @@ class Session:
         violations = violations or before
         diagnose(self.ctx, case, recipe, violations, before)
         self._answer(case, violations)
+        dtype, found = dtype_of(case), dtype_of(original)
         return Failure(
             unit.index,
             unit.property_name,
             case.op,
-            storage_of(case) if case.op in load().operations else "any",
-            recipe.describe(),
+            dtype,
+            call_line(case, recipe),
             violations,
             vectors.case_bytes(case),
             case.note,
+            found if found != dtype else "",
         )
 
     def _legal(self, prop: Property, recipe: Recipe) -> Case | None:
@@ -165,6 +178,13 @@ class Session:
         except (ValueError, IndexError, ZeroDivisionError):
             return None
 
+    def _promised(self, case: Case) -> bool:
+        """Whether the description promises the call: what a backend does beyond its limits is another question."""
+        try:
+            return not self.ctx.entitled(case.op, case.tensors, case.attrs)
+        except SpecError:  # properties of refusals alone have such cases, and they do not shrink
+            return False
+
     def _answer(self, case: Case, violations: list[Violation]) -> None:
         """Store value and budget beside the inputs, where the case is a valid call; what was stored stays."""
         case.clauses = tuple(dict.fromkeys(label for v in violations for label in v.clauses)) or case.clauses
@@ -173,3 +193,8 @@ class Session:
         except (ValueError, KeyError, IndexError):
             return
         case.answer(bounds)
+
+
+def dtype_of(case: Case) -> str:
+    """The row of the matrix that a case belongs to: its storage dtype, "any" where it calls no operation."""
+    return storage_of(case) if case.op in load().operations else "any"

@@ -74,7 +74,7 @@ def _answer(pipe: Connection, target: str, plan: Plan, select: str) -> None:
                     # The suite itself failed: say where, and let the parent stop the run.
                     import traceback
 
-                    pipe.send(("fault", f"{unit.property_name}: {unit.recipe.describe()}\n{traceback.format_exc()}"))
+                    pipe.send(("fault", f"{unit.property_name}: {unit.recipe}\n{traceback.format_exc()}"))
                     return
                 pipe.send(("done", answer))
     backends.close(backend)
@@ -139,10 +139,13 @@ class Pool:
             with contextlib.suppress(OSError, ValueError):
                 worker.pipe.send(("stop", None))
         end = time.monotonic() + (self.stop_seconds if kind is None else 1.0)
-        for worker in self.workers:
-            worker.process.join(max(0.0, end - time.monotonic()))
-            if worker.process.is_alive():
-                worker.kill()
+        try:
+            for worker in self.workers:
+                worker.process.join(max(0.0, end - time.monotonic()))
+        finally:  # also where a second Ctrl-C cuts the waiting short
+            for worker in self.workers:
+                if worker.process.is_alive():
+                    worker.kill()
 
     def _start(self) -> _Worker:
         return _Worker(self.target, self.plan, self.settings.select)
