@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rattention.conformance.workers import Pool
 
 Progress = Callable[[int, int, int], None]
-"""Called with (units done, units in all, failures so far)."""
+"""Called with (units done, units in all, failures so far): before the first unit, and after each."""
 
 INTERRUPTED = "interrupted"
 FAILURES_PER_KIND = 2
@@ -127,6 +127,8 @@ def conform(
     plan = make_plan(settings.profile, settings.seed, about, settings.vectors)
     units = plan_units(plan, settings)
     outcome = Outcome(target, about, settings, planned=len(units))
+    if progress:
+        progress(0, len(units), 0)
     if local or settings.workers <= 0:
         session = Session(backend, about, plan, settings.select, oracle)
         _in_process(session, units, outcome, settings, progress)
