@@ -63,7 +63,7 @@ def trace(error: BaseException) -> str:
     prints them, and those of the exceptions that led to it."""
     try:
         tb = error.__traceback__
-        while tb is not None and _ours(tb.tb_frame.f_code.co_filename):
+        while tb is not None and of_the_suite(tb.tb_frame.f_code.co_filename):
             tb = tb.tb_next
         text = "".join(traceback.TracebackException(type(error), error, tb).format()).rstrip()
     except BaseException as other:  # an exception of a class that cannot even be printed
@@ -76,7 +76,7 @@ def trace(error: BaseException) -> str:
     return f"{text[:half]}\n  [... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 
-def _ours(file: str) -> bool:
+def of_the_suite(file: str) -> bool:
     """Whether a frame is of the suite, on the way to the backend. The suite has backends of its own, too."""
     parts = Path(file).parts
     at = len(SUITE.parts)

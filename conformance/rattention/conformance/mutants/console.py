@@ -64,8 +64,8 @@ def command(profile: str, seed: int | None, report: Path | None, text: str, cons
             whole = False
             deaths = _in_order(deaths)
         alive = sum(not d.killed for d in deaths)
-        seconds = time.perf_counter() - begin
-        show.line(f"{'ends' if whole else 'interrupted'}: {len(deaths) - alive} of {len(chosen)} killed, {alive} survived, {seconds:.1f} s")
+        killed = f"{len(deaths) - alive} of {len(chosen)} killed, {alive} survived"
+        show.line(f"{'ends' if whole else 'interrupted'}: {killed}, {time.perf_counter() - begin:.1f} s")
     _print(deaths, rows, console)
     if not whole:
         console.print(f"[bold red]interrupted[/]: {len(chosen) - len(deaths)} mutants were not run")

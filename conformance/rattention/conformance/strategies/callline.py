@@ -54,10 +54,12 @@ def _weights(case: Case, given: list[Tensor], storage: set[str]) -> list[str]:
 def _drawn(case: Case, recipe: Recipe | None) -> list[str]:
     if recipe is None:
         return []
-    facts = [f"values={recipe.family}"] if recipe.family != "normal" else []
+    numbers = any(x.dtype.kind != "i" for x in case.tensors.values())
+    facts = [f"values={recipe.family}"] if recipe.family != "normal" and numbers else []
     facts += [f"segments={recipe.layout}"] if "segment_ids" in case.tensors else []
     facts += [f"cache={recipe.fill}"] if "cache_length" in case.tensors else []
-    return facts + (["NaN and inf in what is inert"] if recipe.has("poison") else [])
+    inert = {"segment_ids", "lengths", "cache_length"} & case.tensors.keys()
+    return facts + (["NaN and inf in what is inert"] if recipe.has("poison") and inert else [])
 
 
 def _spelled(case: Case) -> str:
