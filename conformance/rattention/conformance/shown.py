@@ -33,13 +33,12 @@ def tensor_lines(session: Session, case: Case, violations: Iterable[Violation]) 
     if case.params:
         lines += ["of the property", *(f"  {name} = {_cut(repr(value))}" for name, value in case.params.items())]
     got = {} if any(v.crash for v in violations) else _outputs(session, case)
-    expected, budget = dict(case.expected), dict(case.budget)
-    if not expected:
+    if not case.expected:
         try:
-            for name, (value, limit) in session.ctx.bounds(case.op, case.tensors, case.attrs).items():
-                expected[name], budget[name] = value, limit
+            case.answer(session.ctx.bounds(case.op, case.tensors, case.attrs))
         except (SpecError, ValueError, KeyError, IndexError):  # an invalid call has no outputs
             return lines
+    expected, budget = case.expected, case.budget
     wrong = {v.output: v.index for v in violations if v.output}
     outputs = sorted({*expected, *got}, key=_order([o.name for o in op.outputs]))
     for name in sorted(outputs, key=lambda n: n not in wrong):

@@ -61,15 +61,15 @@ def crash(error: BaseException) -> str:
 def trace(error: BaseException) -> str:
     """The traceback of an exception that a backend should not have raised: frames of the backend alone, as Python
     prints them, and those of the exceptions that led to it."""
+    tb = error.__traceback__
+    while tb is not None and of_the_suite(tb.tb_frame.f_code.co_filename):
+        tb = tb.tb_next
     try:
-        tb = error.__traceback__
-        while tb is not None and of_the_suite(tb.tb_frame.f_code.co_filename):
-            tb = tb.tb_next
         text = "".join(traceback.TracebackException(type(error), error, tb).format()).rstrip()
-    except BaseException as other:  # an exception of a class that cannot even be printed
+    except BaseException as other:  # an exception of a class that cannot even be printed has its frames
         if by_user(other):
             raise
-        return ""
+        text = "".join(["Traceback (most recent call last):\n", *traceback.format_tb(tb), type(error).__name__])
     if len(text) <= LONGEST_TRACE:
         return text
     half = LONGEST_TRACE // 2
