@@ -22,7 +22,6 @@ from rattention.conformance import backends
 from rattention.conformance.output import Commands, Terminal, any_text, cannot, named, warn
 from rattention.spec import load
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -119,14 +118,33 @@ def conform(
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
     console.print(f"profile {profile.value}, seed {chosen}")
-    folder = reporting.Folder(report or FAILURES, keep=files)
-    if backend == "all":
-        raise typer.Exit(_all(settings, folder, whole=bool(report)))
-    found = _run(backend, settings, folder, whole=bool(report))
+    folder = _claimed(report, files)
+    try:
+        if backend == "all":
+            raise typer.Exit(_all(settings, folder, whole=bool(report)))
+        found = _run(backend, settings, folder, whole=bool(report))
+    finally:
+        folder.release()
     reporting.print_outcome(console, found.summary, found.cases)
     if found.written:
         console.print(f"report: {escape(str(folder.shown / 'report.html'))}", soft_wrap=True)
     raise typer.Exit(_code([found.summary]))
+
+
+def _claimed(report: Path | None, keep: Sequence[Path]) -> Folder:
+    """The folder of a run, which it has to itself. Where nobody named one, it is the first that no other run is in."""
+    from rattention.conformance.reporting import Folder
+
+    if report:
+        folder = Folder(report, keep=keep)
+        if not folder.claim():
+            cannot(f"--report {report}: another run of rattention is writing there")
+        return folder
+    folder, number = Folder(FAILURES, keep=keep), 1
+    while not folder.claim():
+        number += 1
+        folder = Folder(f"{FAILURES}-{number}", keep=keep)
+    return folder
 
 
 FAILURES = Path("rattention-failures")
@@ -165,19 +183,9 @@ def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place:
     """
     from rattention.conformance import reporting, runner, workers
 
-    columns = (
-        TextColumn(escape(target)),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("[red]{task.fields[failed]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, failed="")
-
-        def step(done: int, total: int, failed: int) -> None:
-            bar.update(task, completed=done, total=total, failed=f"{failed} failed" if failed else "")
-
+    about = f"profile {settings.profile}, seed {settings.seed}"
+    what = f"cases, of which --select {settings.select} takes its own" if settings.select else "cases"
+    with reporting.steps(console, target, about, what) as step:
         try:
             outcome = runner.conform(target, settings, progress=step)
         except workers.SuiteFault as fault:
@@ -185,6 +193,7 @@ def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place:
     if not outcome.stopped and outcome.empty:
         raise backends.CannotRun(f"nothing to run: --select {settings.select} matches no case of this profile")
     summary = reporting.summarise(outcome)
+    step.line(reporting.end_of(summary))
     files = reporting.report_files(outcome, summary) if whole else reporting.case_files(outcome)
     written = True
     try:
@@ -211,6 +220,8 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
     from rattention.conformance.runner import INTERRUPTED
 
     names, absent = backends.runnable()
+    if not console.is_terminal:
+        console.print(f"backends that run here: {', '.join(names)}", soft_wrap=True, highlight=False)
     places = reporting.folder_names(names)
     if whole:
         for place in places.values():
@@ -231,6 +242,8 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
             found.append(_run(name, own, folder, whole=whole, place=f"{places[name]}/"))
         except backends.CannotRun as reason:  # the others have a verdict all the same
             broken[name] = str(reason)
+            if not console.is_terminal:
+                console.print(f"{escape(name)} could not run: {escape(str(reason))}", soft_wrap=True, highlight=False)
             notes.append(f"[bold red]could not run[/] {escape(name)}: {escape(str(reason))}")
             continue
         if found[-1].summary["stopped"] == INTERRUPTED:

@@ -1,16 +1,29 @@
-"""A stored case again: the same tensors, the same property, the same verdict."""
+"""A stored case again: the same tensors, the same property, the same verdict, in a process of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rattention.conformance import backends, vectors
 from rattention.conformance.case import Case
+from rattention.conformance.diagnose import diagnose
+from rattention.conformance.judge import Violation
 from rattention.conformance.properties import REGISTRY
 from rattention.conformance.session import Session
+from rattention.conformance.shown import tensor_lines
+from rattention.conformance.stacks import Stack
 from rattention.conformance.strategies import make_plan
+from rattention.conformance.strategies.callline import call_line
+from rattention.conformance.strategies.recover import recipe_of
+from rattention.conformance.told import told
 from rattention.conformance.vectors import CaseError
+from rattention.conformance.workers import Worker, end_with_parent, taken_down
 from rattention.spec import load
 
 
@@ -52,19 +65,101 @@ def check_files(files: Iterable[Path]) -> None:
             raise CaseError(file, reason)
 
 
-def verdict_lines(session: Session, case: Case, name: str) -> tuple[list[str], bool]:
-    """What one case says, line by line, and whether it failed."""
+def verdict_lines(session: Session, case: Case, name: str, *, whole: bool = False) -> tuple[list[str], bool]:
+    """What one case says, line by line, and whether it failed. `whole`: with the guess, and with its tensors."""
     judge = "" if case.property_name == "agreement" else f"  property {case.property_name}"
     violations, reason = session.verdict(REGISTRY[case.property_name], case)
     if not violations:
         verdict = f"{'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
         return [f"{verdict}{f'  ({reason})' if reason else ''}"], False
-    lines = [f"FAIL  {name}  {case.op}  property {case.property_name}"]
+    if whole:
+        diagnose(session.ctx, case, recipe_of(case), violations, violations)
+    return failure_lines(session, case, name, violations, whole=whole), True
+
+
+def failure_lines(session: Session, case: Case, name: str, violations: list[Violation], *, whole: bool) -> list[str]:
+    """What a failed case says."""
+    label = "CRASH" if any(v.crash for v in violations) else "FAIL"
+    lines = [f"{label}  {name}  {case.op}  property {case.property_name}"]
+    lines += [f"case: {call_line(case)}"] if whole else []
     for v in violations:
-        lines.append(f"  {v.message}")
+        lines.append(f"- {v.message}{f'  (looks like: {v.guess})' if v.guess else ''}")
+        lines.extend(f"    {line}" for line in v.trace.splitlines())
         labels = case.clauses if v.clauses == ("NUM-1",) and case.clauses else v.clauses
         lines.extend(f"    {label} {load().clauses.get(label, '')}" for label in labels[:6])
-    return lines, True
+    return lines + (tensor_lines(session, case, violations) if whole else [])
+
+
+Answer = tuple[list[str], bool]
+"""What a case says, line by line, and whether it failed."""
+
+
+def judged(target: str, files: Sequence[Path], *, whole: bool = False) -> Iterator[Answer]:
+    """The answer of each file.
+
+    Raises:
+        CannotRun: there is no such backend, or it does not start.
+    """
+    # A port behind the wire has a process of its own.
+    yield from (_here if target.startswith("exec:") else _apart)(target, files, whole)
+
+
+def _here(target: str, files: Sequence[Path], whole: bool) -> Iterator[Answer]:
+    session = open_session(target)
+    try:
+        for file in files:
+            yield verdict_lines(session, vectors.load_valid(file), file.name, whole=whole)
+    except KeyboardInterrupt:
+        backends.abandon(session.ctx.backend)
+        raise
+    finally:
+        backends.close(session.ctx.backend)
+
+
+def _apart(target: str, files: Sequence[Path], whole: bool) -> Iterator[Answer]:
+    """In a process apart from this one, whose end would pass for a verdict. One that dies costs its case alone."""
+    rest = deque(files)
+    while rest:
+        worker = Worker(_live, target, list(rest), whole)
+        ready = False
+        try:
+            while rest:
+                kind, answer = worker.pipe.recv()
+                ready = True
+                if kind == "cannot":
+                    raise backends.CannotRun(answer)
+                if kind == "done":
+                    rest.popleft()
+                    yield answer
+        except (EOFError, OSError):
+            why = worker.died()
+            if not ready:
+                raise backends.CannotRun(f"{target} does not start: {why}") from None
+            case, name = vectors.load_valid(rest[0]), rest.popleft().name
+            lost = taken_down(case.op, why, worker.stack.trace())
+            yield failure_lines(open_session("numpy"), case, name, [lost], whole=whole), True
+        finally:
+            worker.kill()
+
+
+def _live(pipe: Connection, stack: Stack, target: str, files: list[Path], whole: bool) -> None:
+    """The life of the process: say that it is ready, then the answer of each file."""
+    end_with_parent()
+    stack.record()
+    if os.isatty(0):  # for a `breakpoint()` in the backend: multiprocessing has closed stdin
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as long as the process lives
+    try:
+        session = open_session(target)
+        pipe.send(("ready", None))
+        for file in files:
+            pipe.send(("done", verdict_lines(session, vectors.load_valid(file), file.name, whole=whole)))
+    except (backends.CannotRun, CaseError) as reason:
+        pipe.send(("cannot", str(reason)))
+    except KeyboardInterrupt:  # the backend's own, for Ctrl-C does not come here
+        os._exit(1)
+    except BaseException as error:
+        traceback.print_exc()
+        pipe.send(("cannot", f"the suite itself failed: {type(error).__name__}: {told(error)}"))
 
 
 def replay(path: Path, target: str) -> tuple[list[str], bool]:
@@ -75,16 +170,12 @@ def replay(path: Path, target: str) -> tuple[list[str], bool]:
         CaseError: the file cannot be used.
     """
     check_files([path])
-    case = vectors.load_valid(path)
-    session = open_session(target)
-    try:
-        return verdict_lines(session, case, path.name)
-    finally:
-        backends.close(session.ctx.backend)
+    (answer,) = judged(target, [path], whole=True)
+    return answer
 
 
-def check_set(path: Path, target: str, told: Callable[[list[str]], None]) -> bool:
-    """Run every case of a set, checksums first; whether one failed. `told` gets the lines of each case as they come.
+def check_set(path: Path, target: str, say: Callable[[list[str]], None]) -> bool:
+    """Run every case of a set, checksums first; whether one failed. `say` gets the lines of each case as they come.
 
     Raises:
         CannotRun: there is no such backend, or it does not start.
@@ -92,17 +183,10 @@ def check_set(path: Path, target: str, told: Callable[[list[str]], None]) -> boo
     """
     files = vectors.list_set(path)
     check_files(files)
-    session = open_session(target)
     failed = refused = 0
-    try:
-        for file in files:
-            lines, bad = verdict_lines(session, vectors.load_valid(file), file.name)
-            failed += bad
-            refused += lines[0].startswith("unsupported")
-            told(lines)
-    finally:
-        backends.close(session.ctx.backend)
-    told(
-        [f"{len(files) - failed} of {len(files)} cases conform{f', {refused} of them unsupported' if refused else ''}"]
-    )
+    for lines, bad in judged(target, files):
+        failed += bad
+        refused += lines[0].startswith("unsupported")
+        say(lines)
+    say([f"{len(files) - failed} of {len(files)} cases conform{f', {refused} of them unsupported' if refused else ''}"])
     return failed > 0

@@ -21,6 +21,7 @@ FAMILIES = (
     "extremes",
     "contract",
     "declarations",
+    "crashes",
     "wire",
 )
 for _family in FAMILIES:  # each module plants its mutants when it is imported

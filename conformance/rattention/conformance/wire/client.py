@@ -102,6 +102,13 @@ class Port:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder = Path(tempfile.gettempdir()) / "rattention-wire-closed"
 
+    def abandon(self) -> None:
+        """End the port at once, perhaps in the middle of a call, and leave nothing behind."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     # ------------------------------------------------------------------------------------------ the conversation
 
     def _start(self) -> None:
