@@ -182,8 +182,11 @@ def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place:
             outcome = runner.conform(target, settings, progress=step)
         except workers.SuiteFault as fault:
             raise backends.CannotRun(f"the suite itself failed at {fault}") from None
-    if not outcome.stopped and not any(r.status != "skip" for r in outcome.results):
-        raise backends.CannotRun(f"nothing to run: --select {settings.select} matches no case of this profile")
+    if not outcome.stopped and not any(r.status not in ("skip", "runner") for r in outcome.results):
+        matches = "matches no case of this profile"
+        if any(r.status == "runner" for r in outcome.results):
+            matches = "matches only cases that the runner decides for a port behind the wire"
+        raise backends.CannotRun(f"nothing to run: --select {settings.select} {matches}")
     summary = reporting.summarise(outcome)
     files = reporting.report_files(outcome, summary) if whole else reporting.case_files(outcome)
     written = True
@@ -250,14 +253,15 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
         except reporting.CannotWrite as error:
             warn(str(error))
     table = Table(title="All backends", title_justify="left")
-    for column in ("backend", "profile", "verdict", "passed", "failed", "unsupported", "largest share", "seconds"):
+    kinds = ("passed", "failed", "unsupported", *(["runner"] if any(s["cases"]["runner"] for s in summaries) else []))
+    for column in ("backend", "profile", "verdict", *kinds, "largest share", "seconds"):
         table.add_column(column, no_wrap=column in ("backend", "verdict"))
     for s in summaries:
         verdict = "[green]conforming[/]" if s["conforming"] else "[bold red]not conforming[/]"
         verdict = "[yellow]no verdict[/]" if s["unfinished"] else verdict
         c = s["cases"]
         shares = [x for by_dtype in s["budget"].values() for outputs in by_dtype.values() for x in outputs.values()]
-        counts = (str(c[k]) for k in ("passed", "failed", "unsupported"))
+        counts = (str(c[k]) for k in kinds)
         worst, seconds = f"{max(shares, default=0.0):.3g}", f"{s['seconds']:.1f}"
         table.add_row(escape(s["backend"]), s["profile"], verdict, *counts, worst, seconds)
     left = [name for name in names if name not in broken and name not in [s["backend"] for s in summaries]]

@@ -49,7 +49,8 @@ class Settings:
 class Outcome:
     """What a run found. `results` are in the order of the plan, whoever ran them.
 
-    `stopped` says why a run ended before its end: it was interrupted, or the backend no longer started.
+    `stopped` says why a run ended before its end: it was interrupted, or the backend no longer started. `held`: clauses
+    that the runner keeps for a port behind the wire.
     """
 
     backend: str
@@ -60,6 +61,7 @@ class Outcome:
     seconds: float = 0.0
     planned: int = 0
     stopped: str = ""
+    held: tuple[str, ...] = ()
 
     @property
     def left_out(self) -> int:
@@ -125,7 +127,7 @@ def conform(
     about = backends.describe(backend, target)
     plan = make_plan(settings.profile, settings.seed, about, settings.vectors)
     units = plan_units(plan, settings)
-    outcome = Outcome(target, about, settings, planned=len(units))
+    outcome = Outcome(target, about, settings, planned=len(units), held=backends.held(backend))
     if local or settings.workers <= 0:
         session = Session(backend, about, plan, settings.select, oracle)
         _in_process(session, units, outcome, settings, progress)

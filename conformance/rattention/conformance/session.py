@@ -31,7 +31,7 @@ class Unit:
 
 @dataclass
 class UnitResult:
-    """What became of a unit. status: pass, fail, unsupported or skip."""
+    """What became of a unit. status: pass, fail, unsupported, skip, or runner: see `Session.runners_own`."""
 
     index: int
     property_name: str
@@ -81,13 +81,21 @@ class Session:
         prop = REGISTRY[unit.property_name]
         case = make_case(prop, self.plan, unit.recipe)
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
-        if case is None or not self.selected(prop, case):
+        if case is None:
             return result
         clauses = (*case.clauses, *backends.wire_clauses(self.ctx.backend))
         clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
-        result.op, result.dtype, result.clauses = case.op, storage_of(case), clauses
+        if not self.selected(prop, case, clauses) or not self.concerns(case):
+            return result
+        held = backends.held(self.ctx.backend)
+        result.op, result.dtype = case.op, storage_of(case)
+        result.clauses = tuple(label for label in clauses if label not in held)
         if case.op not in load().operations:
             result.dtype = "any"
+        result.reason = self.runners_own(case)
+        if result.reason:
+            result.status, result.clauses = "runner", ()
+            return result
         calls = self.ctx.calls
         result.violations, result.reason = self.verdict(prop, case)
         result.status = "fail" if result.violations else "unsupported" if result.reason else "pass"
@@ -96,13 +104,28 @@ class Session:
         result.seconds = time.perf_counter() - begin
         return result
 
-    def selected(self, prop: Property, case: Case) -> bool:
+    def selected(self, prop: Property, case: Case, clauses: tuple[str, ...]) -> bool:
         """Whether --select keeps the case: a clause, the letters of a group of clauses, an operation, a property."""
         wanted = self.select
         if not wanted:
             return True
-        names = {case.op, case.base_op, prop.name, case.property_name, *case.clauses}
-        return wanted in names or any(label.startswith(wanted + "-") for label in case.clauses)
+        names = {case.op, case.base_op, prop.name, case.property_name, *clauses}
+        return wanted in names or any(label.startswith(wanted + "-") for label in clauses)
+
+    def concerns(self, case: Case) -> bool:
+        """Whether the case is about something that the backend has: one in this process has no wire."""
+        judged = _judge_of(case).clauses
+        return backends.is_wire_port(self.ctx.backend) or not all(label.startswith("WIRE-") for label in judged)
+
+    def runners_own(self, case: Case) -> str:
+        """Why the runner itself decides the case, or "" where the backend does.
+
+        The runner adapts a port behind the wire to this contract, and keeps some of its clauses for it (chapter 12). A
+        property of these clauses alone says nothing about the port.
+        """
+        if set(_judge_of(case).clauses) <= set(backends.held(self.ctx.backend)):
+            return f"{_judge_of(case).name}: the runner decides it, and the port never sees it"
+        return ""
 
     def verdict(self, prop: Property, case: Case) -> tuple[list[Violation], str]:
         """Violations, and the reason where the backend refused with every right to it."""
@@ -173,3 +196,8 @@ class Session:
         except (ValueError, KeyError, IndexError):
             return
         case.answer(bounds)
+
+
+def _judge_of(case: Case) -> Property:
+    """The property whose verdict the case gets; a stored case names one."""
+    return REGISTRY[case.property_name]

@@ -10,6 +10,7 @@ from rattention.conformance.properties import (
     membership,
     numerics,
     ranges,
+    stop,
     stored,
     symmetry,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "membership",
     "numerics",
     "ranges",
+    "stop",
     "stored",
     "symmetry",
 ]

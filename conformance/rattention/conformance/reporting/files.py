@@ -19,6 +19,8 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 
 REPORT = ("report.json", "junit.xml", "report.html")
 CASES = "cases"
+SKIPPED = ("unsupported", "runner")
+"""What junit.xml calls skipped: cases that say nothing for or against the backend."""
 
 
 def folder_names(backends: Iterable[str]) -> dict[str, str]:
@@ -81,7 +83,7 @@ def _merge_clauses(reports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for label, text in load().judged.items():
         statuses = {r["backend"]: r["clauses"][label]["status"] for r in reports}
         values = set(statuses.values())
-        status = "FAIL" if "FAIL" in values else "pass" if "pass" in values else "untested"
+        status = next((s for s in ("FAIL", "pass", "runner") if s in values), "untested")
         table[label] = {"text": text, "status": status, "backends": statuses}
     return table
 
@@ -123,7 +125,7 @@ def junit(outcome: Outcome, report: dict[str, Any]) -> bytes:
             grouped.setdefault(r.property_name, {}).setdefault((r.op, r.dtype), []).append(r)
     for name, cells in grouped.items():
         failures = sum(any(r.status == "fail" for r in rs) for rs in cells.values())
-        skipped = sum(all(r.status == "unsupported" for r in rs) for rs in cells.values())
+        skipped = sum(all(r.status in SKIPPED for r in rs) for rs in cells.values())
         suite = ET.SubElement(
             root,
             "testsuite",
@@ -140,7 +142,7 @@ def junit(outcome: Outcome, report: dict[str, Any]) -> bytes:
             if bad:
                 element = ET.SubElement(case, "failure", message=_xml(bad[0].message), type=",".join(bad[0].clauses))
                 element.text = _xml("\n".join(v.message for v in bad[:20]))
-            elif all(r.status == "unsupported" for r in results):
+            elif all(r.status in SKIPPED for r in results):
                 ET.SubElement(case, "skipped", message=_xml(results[0].reason))
     if report["stopped"]:
         suite = ET.SubElement(root, "testsuite", name="run", tests="1", failures="0", skipped="0", errors="1")
