@@ -139,6 +139,13 @@ def stop(backend: Any) -> str:
     return backend.stop() if is_wire_port(backend) else ""
 
 
+def stop_seconds() -> float:
+    """How long a port has to end at `stop`."""
+    from rattention.conformance.wire.client import STOP_SECONDS
+
+    return STOP_SECONDS
+
+
 def close(backend: Any) -> str:
     """`stop` for the last time.
 

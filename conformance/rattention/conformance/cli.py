@@ -7,6 +7,7 @@ out before the run; if writing fails all the same, the verdict and its exit code
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import secrets
 import sys
@@ -62,6 +63,28 @@ SeedOption = Annotated[int | None, typer.Option(help=f"{SEED_HELP}; default: a f
 ProfileOption = Annotated[Profile, typer.Option(help="how much to run")]
 
 
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise typer.BadParameter(f"{text!r} is no number of seconds above 0")
+    return found
+
+
+PORT_TIMEOUT_HELP = "limit for one answer of a port behind exec:; default: 120, and 60 to start"
+PortTimeoutOption = Annotated[float | None, typer.Option(help=PORT_TIMEOUT_HELP, parser=_seconds, metavar="<seconds>")]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        help=f"{PORT_TIMEOUT_HELP}. Of another backend: for one case; default: 300",
+        parser=_seconds,
+        metavar="<seconds>",
+    ),
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         try:
@@ -89,7 +112,13 @@ def conform(
     seed: SeedOption = None,
     report: ReportOption = None,
     vectors: Annotated[list[str] | None, typer.Option(help="cases to run too: a file, a folder or a manifest")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="worker processes; default: 2, fewer on a smaller machine")] = 0,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="worker processes, each with a port of its own behind exec:; default: 2, 1 on a single core"
+        ),
+    ] = 0,
+    timeout: TimeoutOption = None,
 ) -> None:
     """Hold a backend against the specification."""
     from rattention.conformance import reporting
@@ -115,7 +144,7 @@ def conform(
     if report:
         reporting.try_folder(report, reporting.REPORT, (reporting.CASES,), what="--report")
     count = workers or max(1, min(2, os.cpu_count() or 1))
-    settings = Settings(profile.value, chosen, select, tuple(str(path) for path in paths), count)
+    settings = Settings(profile.value, chosen, select, tuple(str(path) for path in paths), count, timeout)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
     console.print(f"profile {profile.value}, seed {chosen}")
@@ -281,11 +310,12 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
 def replay(
     case: Annotated[Path, typer.Argument(help="a case file")],
     backend: Backend,
+    timeout: PortTimeoutOption = None,
 ) -> None:
     """Run one case again, exactly as it was."""
     from rattention.conformance.replay import replay as again
 
-    lines, failed = again(case, backend)
+    lines, failed = again(case, backend, timeout)
     for line in lines:
         console.print(escape(line), soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
@@ -332,6 +362,7 @@ def vectors_check(
             help=f"a set, a manifest or one case (default: the stored vectors of this package), and {BACKEND_HELP}",
         ),
     ],
+    timeout: PortTimeoutOption = None,
 ) -> None:
     """Run every case of a set."""
     from rattention.conformance.replay import check_set
@@ -349,7 +380,7 @@ def vectors_check(
         for line in lines:
             console.print(escape(line), soft_wrap=True)
 
-    raise typer.Exit(1 if check_set(Path(found[0]), backend, told) else 0)
+    raise typer.Exit(1 if check_set(Path(found[0]), backend, told, timeout) else 0)
 
 
 @app.command()

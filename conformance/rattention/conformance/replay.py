@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,14 +14,19 @@ from rattention.conformance.strategies import make_plan
 from rattention.conformance.vectors import CaseError
 from rattention.spec import load
 
+NOT_JUDGED = {"unsupported": "unsupported", "runner": "decided by the runner"}
+"""Verdicts that are neither a pass nor a failure, and how the last line counts them."""
 
-def open_session(target: str) -> Session:
-    """A session for single cases.
+
+def open_session(target: str, seconds: float | None = None) -> Session:
+    """A session for single cases. `seconds`: how long a port behind the wire may take for an answer.
 
     Raises:
-        CannotRun: there is no such backend, or it does not start.
+        CannotRun: there is no such backend, it does not start, or its time cannot be limited.
     """
-    backend = backends.resolve(target)
+    backend = backends.resolve(target, seconds)
+    if seconds is not None and not backends.is_wire_port(backend):
+        raise backends.CannotRun(f"--timeout: {target} runs in this process, where no call can be ended; leave it out")
     about = backends.describe(backend, target)
     return Session(backend, about, make_plan("quick", 0, about))
 
@@ -55,9 +61,10 @@ def check_files(files: Iterable[Path]) -> None:
 def verdict_lines(session: Session, case: Case, name: str) -> tuple[list[str], bool]:
     """What one case says, line by line, and whether it failed."""
     judge = "" if case.property_name == "agreement" else f"  property {case.property_name}"
-    violations, reason = session.verdict(REGISTRY[case.property_name], case)
+    runners = session.runners_own(case)
+    violations, reason = ([], runners) if runners else session.verdict(REGISTRY[case.property_name], case)
     if not violations:
-        verdict = f"{'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
+        verdict = f"{'runner' if runners else 'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
         return [f"{verdict}{f'  ({reason})' if reason else ''}"], False
     lines = [f"FAIL  {name}  {case.op}  property {case.property_name}"]
     for v in violations:
@@ -67,8 +74,13 @@ def verdict_lines(session: Session, case: Case, name: str) -> tuple[list[str], b
     return lines, True
 
 
-def replay(path: Path, target: str) -> tuple[list[str], bool]:
-    """Run the case at `path`.
+def _note(fault: str) -> list[str]:
+    """How a port ended is no verdict on the case, unless it is one of `stop`; yet it is not passed over."""
+    return [f"note: {fault} (WIRE-4)"] if fault else []
+
+
+def replay(path: Path, target: str, seconds: float | None = None) -> tuple[list[str], bool]:
+    """Run the case at `path`. `seconds`: as in `open_session`.
 
     Raises:
         CannotRun: there is no such backend, or it does not start.
@@ -76,15 +88,18 @@ def replay(path: Path, target: str) -> tuple[list[str], bool]:
     """
     check_files([path])
     case = vectors.load_valid(path)
-    session = open_session(target)
+    session = open_session(target, seconds)
     try:
-        return verdict_lines(session, case, path.name)
+        lines, failed = verdict_lines(session, case, path.name)
     finally:
-        backends.close(session.ctx.backend)
+        fault = backends.close(session.ctx.backend)
+    return [*lines, *_note(fault)], failed
 
 
-def check_set(path: Path, target: str, told: Callable[[list[str]], None]) -> bool:
+def check_set(path: Path, target: str, told: Callable[[list[str]], None], seconds: float | None = None) -> bool:
     """Run every case of a set, checksums first; whether one failed. `told` gets the lines of each case as they come.
+
+    seconds: as in `open_session`.
 
     Raises:
         CannotRun: there is no such backend, or it does not start.
@@ -92,17 +107,18 @@ def check_set(path: Path, target: str, told: Callable[[list[str]], None]) -> boo
     """
     files = vectors.list_set(path)
     check_files(files)
-    session = open_session(target)
-    failed = refused = 0
+    session = open_session(target, seconds)
+    failed = 0
+    others: Counter[str] = Counter()
     try:
         for file in files:
             lines, bad = verdict_lines(session, vectors.load_valid(file), file.name)
             failed += bad
-            refused += lines[0].startswith("unsupported")
+            others[lines[0].split()[0]] += 1
             told(lines)
     finally:
-        backends.close(session.ctx.backend)
-    told(
-        [f"{len(files) - failed} of {len(files)} cases conform{f', {refused} of them unsupported' if refused else ''}"]
-    )
+        fault = backends.close(session.ctx.backend)
+    told(_note(fault))
+    notes = [f"{others[kind]} of them {text}" for kind, text in NOT_JUDGED.items() if others[kind]]
+    told([", ".join([f"{len(files) - failed} of {len(files)} cases conform", *notes])])
     return failed > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -18,14 +19,17 @@ from rattention.conformance import backends
 from rattention.conformance.judge import Violation
 from rattention.conformance.session import Failure, Session, Unit, UnitResult
 from rattention.conformance.strategies import Plan
+from rattention.conformance.told import ending
 
 if TYPE_CHECKING:
     from rattention.conformance.runner import Progress, Settings
 
 LOSSES = 10
 """Workers lost before the rest of the run is left out: a backend that takes every process down is known by then."""
+CASE_SECONDS = 300.0
+"""Seconds that a backend in this process may take for a case, where no `--timeout` says otherwise."""
 STOP_SECONDS = 5.0
-"""Seconds that the workers have to end by themselves; after Ctrl-C they have one."""
+"""Seconds that the workers have to end by themselves, beside those of their ports; after Ctrl-C they have one."""
 HURRIED = 60.0
 """Each case that hangs halves the time that the next may take, down to this many seconds."""
 START_LIMIT = 300.0
@@ -45,19 +49,19 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True, name="end with parent").start()
 
 
-def serve(pipe: Connection, target: str, plan: Plan, select: str) -> None:
+def serve(pipe: Connection, target: str, plan: Plan, select: str, seconds: float | None) -> None:
     """The life of a worker: load, then answer ("run" | "minimise", units) with one message per unit."""
     end_with_parent()
     try:
-        _answer(pipe, target, plan, select)
+        _answer(pipe, target, plan, select, seconds)
     except KeyboardInterrupt:
         # Not from the terminal (see `without_interrupts`): a thread of the backend interrupts the process that it runs
         # in. The backend has taken its process down.
         os._exit(1)
 
 
-def _answer(pipe: Connection, target: str, plan: Plan, select: str) -> None:
-    backend = backends.resolve(target)
+def _answer(pipe: Connection, target: str, plan: Plan, select: str, seconds: float | None) -> None:
+    backend = backends.resolve(target, seconds)
     session = Session(backend, backends.describe(backend, target), plan, select)
     pipe.send(("ready", None))
     with contextlib.suppress(EOFError):
@@ -77,7 +81,9 @@ def _answer(pipe: Connection, target: str, plan: Plan, select: str) -> None:
                     pipe.send(("fault", f"{unit.property_name}: {unit.recipe.describe()}\n{traceback.format_exc()}"))
                     return
                 pipe.send(("done", answer))
-    backends.close(backend)
+    fault = backends.close(backend)
+    with contextlib.suppress(OSError):
+        pipe.send(("closed", fault))
 
 
 class SuiteFault(Exception):
@@ -99,10 +105,10 @@ def without_interrupts() -> Iterator[None]:
 
 
 class _Worker:
-    def __init__(self, target: str, plan: Plan, select: str):
+    def __init__(self, target: str, plan: Plan, select: str, seconds: float | None):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, target, plan, select), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, target, plan, select, seconds), daemon=True)
         with without_interrupts():
             self.process.start()
         theirs.close()
@@ -120,16 +126,20 @@ class Pool:
     """`settings.workers` processes that share one list of units, heavy ones first.
 
     results: by index of the unit, and failures: made small; both hold what was found so far if a run ends early.
+    endings: what was wrong with how ports behind the wire ended, known when the pool is closed.
+    wire: the backend is such a port. Its client watches the time of every answer, so that a case has no limit.
     """
 
-    def __init__(self, target: str, plan: Plan, settings: Settings):
+    def __init__(self, target: str, plan: Plan, settings: Settings, *, wire: bool = False):
         self.target, self.plan, self.settings = target, plan, settings
         self.results: dict[int, UnitResult] = {}
         self.failures: list[Failure] = []
-        self.stop_seconds = STOP_SECONDS
+        self.endings: list[str] = []
+        self.stop_seconds = STOP_SECONDS + (backends.stop_seconds() if wire else 0.0)
         self.workers = [self._start() for _ in range(settings.workers)]
         self.losses = 0
-        self.limit = settings.timeout
+        self.limit = math.inf if wire else settings.timeout or CASE_SECONDS
+        self.start_limit = START_LIMIT + (settings.timeout or 0.0)
 
     def __enter__(self) -> Pool:
         return self
@@ -141,11 +151,19 @@ class Pool:
         end = time.monotonic() + (self.stop_seconds if kind is None else 1.0)
         for worker in self.workers:
             worker.process.join(max(0.0, end - time.monotonic()))
+            self._ending(worker.pipe)
             if worker.process.is_alive():
                 worker.kill()
 
+    def _ending(self, pipe: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while pipe.poll():
+                kind, answer = pipe.recv()
+                if kind == "closed" and answer:
+                    self.endings.append(answer)
+
     def _start(self) -> _Worker:
-        return _Worker(self.target, self.plan, self.settings.select)
+        return _Worker(self.target, self.plan, self.settings.select, self.settings.timeout)
 
     def run(self, units: Sequence[Unit], progress: Progress | None = None) -> None:
         """Fill `results`; units left out after too many lost workers have none."""
@@ -185,10 +203,10 @@ class Pool:
                     worker.queue.extend(chunk)
                     worker.since = time.monotonic()
                     worker.pipe.send((what, chunk))
-                limit = self.limit if worker.ready else START_LIMIT
+                limit = self.limit if worker.ready else self.start_limit
                 if (worker.queue or not worker.ready) and time.monotonic() - worker.since > limit:
                     self.limit = max(self.limit / 2, min(HURRIED, self.limit))
-                    self._replace(i, f"no answer within {limit:.0f} s", chunks, take, lost)
+                    self._replace(i, f"no answer within {limit:g} s", chunks, take, lost)
             for pipe in wait([w.pipe for w in self.workers], timeout=1.0):
                 i = next(n for n, w in enumerate(self.workers) if w.pipe is pipe)
                 worker = self.workers[i]
@@ -196,7 +214,7 @@ class Pool:
                     kind, answer = worker.pipe.recv()
                 except (EOFError, OSError):
                     worker.process.join(5)
-                    self._replace(i, f"the process died with exit code {worker.process.exitcode}", chunks, take, lost)
+                    self._replace(i, f"the process {ending(worker.process.exitcode)}", chunks, take, lost)
                     continue
                 worker.since = time.monotonic()
                 if kind == "ready":
