@@ -14,7 +14,7 @@ from rattention.conformance import backends, vectors
 from rattention.conformance.cli import app
 from rattention.conformance.context import PortFailure
 from rattention.conformance.reporting.files import junit
-from rattention.conformance.reporting.summary import summarise
+from rattention.conformance.reporting.summary import matrix, summarise
 from rattention.conformance.runner import Settings, conform, plan_units
 from rattention.conformance.session import Session
 from rattention.conformance.strategies import make_plan
@@ -326,3 +326,36 @@ def test_nothing_is_left_to_run_where_the_runner_decides_all(port):
     result = CliRunner().invoke(app, ["conform", command, "--profile", "smoke", "--select", "ERR-5", "--workers", "1"])
     assert result.exit_code == 2
     assert "only cases that the runner decides" in result.stderr
+
+
+def test_how_many_processes_of_a_port_a_run_starts(port, tmp_path):
+    """As docs/conformance.md says: one is asked what it can do, one serves each worker, one is started after `stop`."""
+    command = port()
+    file = Path(command[1])
+    log = tmp_path / "starts"
+    file.write_text(f"import os; open({str(log)!r}, 'a').write(f'{{os.getpid()}}\\n')\n" + file.read_text())
+    outcome = conform("exec:" + shlex.join(command), Settings("smoke", 1, select="stop", workers=2))
+    assert outcome.conforming
+    started = log.read_text().split()
+    assert len(set(started)) == 4
+    assert not any(_is_there(int(pid)) for pid in started)
+
+
+@pytest.mark.parametrize(("workers", "good"), [(0, 1), (1, 2)])
+def test_a_bad_end_after_the_last_call_fails_the_run_once(port, tmp_path, workers, good):
+    """The case of `stop` finds nothing, since the processes up to its own end well."""
+    log = tmp_path / "starts"
+    command = port(
+        "if m['op'] != 'rms_mix': say(dict(reply='unsupported', id=m['id'], reason='not yet')); continue",
+        at_stop=f"sys.exit(len(open({str(log)!r}).read()) > {good})",
+    )
+    file = Path(command[1])
+    text = file.read_text().replace('about["name"]', 'about["operations"] = ["rms_mix"]; about["name"]')
+    file.write_text(f"open({str(log)!r}, 'a').write('x')\n" + text)
+    outcome = conform("exec:" + shlex.join(command), Settings("smoke", 1, workers=workers))
+    assert [r.property_name for r in outcome.results if r.status == "fail"] == ["stop"]
+    (violation,) = outcome.violations()
+    assert violation.clauses == ("WIRE-4",)
+    assert violation.message.startswith("at the end of the run: at `stop` the port ended with exit status 1")
+    assert [f.property_name for f in outcome.failures] == ["stop"]
+    assert {op for op, row in matrix(outcome).items() if "FAIL" in row.values()} == {"rms_mix"}

@@ -50,7 +50,7 @@ class Port:
 
     def __init__(self, command: list[str], *, run_seconds: float = RUN_SECONDS, start_seconds: float = START_SECONDS):
         self.command, self.run_seconds, self.start_seconds = command, run_seconds, start_seconds
-        self.folder = Path(tempfile.mkdtemp(prefix="rattention-wire-"))
+        self.folder: Path | None = None
         self.process: Process | None = None
         self.about: dict[str, Any] | None = None
         self.requests = self.starts = self.hangs = 0
@@ -87,6 +87,8 @@ class Port:
                 raise PortFailure(f"given up: the port hung {self.hangs} times and was started {self.starts} times")
             self._start()
         self.requests += 1
+        if self.folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="rattention-wire-"))
         place = self.folder / str(self.requests)
         place.mkdir()
         try:
@@ -124,10 +126,11 @@ class Port:
         return fault + said
 
     def close(self) -> str:
-        """`stop`, for the last time: the folder of the tensor files goes too."""
+        """`stop`, and remove the folder of the tensor files too."""
         fault = self.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder = Path(tempfile.gettempdir()) / "rattention-wire-closed"
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
         return fault
 
     # ------------------------------------------------------------------------------------------ the conversation
