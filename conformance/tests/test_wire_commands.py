@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,3 +146,44 @@ def test_the_table_over_all_backends_has_a_column_for_the_runner(monkeypatch, tm
     assert report["clauses"]["ERR-1"]["status"] == "pass"
     assert f" {report['cases']['runner']} " in out.rpartition("All backends")[2]
     assert " runner " in out.rpartition("All backends")[2]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals of Unix")
+@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+def test_a_run_that_ends_early_leaves_no_port_behind(how, tmp_path):
+    """Not even one that is at work and does not see that its stdin has ended."""
+    file = tmp_path / "port.py"
+    log = tmp_path / "starts"
+    program = PROGRAM.format(path=sys.path, how="").replace(
+        "serve('')",
+        f"import os; open({str(log)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        "import rattention.conformance.mutants.wire_server as w\n"
+        "w._run = lambda *_: time.sleep(600)\nserve()",
+    )
+    file.write_text(program)
+    line = [sys.executable, "-m", "rattention.conformance", "conform"]
+    line += ["exec:" + shlex.join([sys.executable, str(file)]), "--profile", "smoke", "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    run = subprocess.Popen(line, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 120
+        while not (folders := list(tmp_path.glob("rattention-wire-*/1"))):
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        run.send_signal(getattr(signal, how))
+        run.communicate(timeout=120)
+        pids = [int(pid) for pid in log.read_text().split()]
+        while any(map(is_there, pids)) or any(folder.exists() for folder in folders):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        run.kill()
+
+
+def is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

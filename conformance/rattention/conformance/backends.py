@@ -139,6 +139,12 @@ def stop(backend: Any) -> str:
     return backend.stop() if is_wire_port(backend) else ""
 
 
+def abandon(backend: Any) -> None:
+    """End the process of a port behind the wire at once, whatever it is at."""
+    if is_wire_port(backend):
+        backend.abandon()
+
+
 def stop_seconds() -> float:
     """How long a port has to end at `stop`."""
     from rattention.conformance.wire.client import STOP_SECONDS

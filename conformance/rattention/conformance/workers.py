@@ -30,6 +30,8 @@ CASE_SECONDS = 300.0
 """Seconds that a backend in this process may take for a case, where no `--timeout` says otherwise."""
 STOP_SECONDS = 5.0
 """Seconds that the workers have to end by themselves, beside those of their ports; after Ctrl-C they have one."""
+TERMINATE_SECONDS = 2.0
+"""Seconds that a worker has to end when it is told so, before it is killed."""
 HURRIED = 60.0
 """Each case that hangs halves the time that the next may take, down to this many seconds."""
 START_LIMIT = 300.0
@@ -44,9 +46,20 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
-        os._exit(1)
+        _leave()
 
     threading.Thread(target=watch, daemon=True, name="end with parent").start()
+
+
+_ports: list[Any] = []
+"""Backends of this worker, for the programs that they have started."""
+
+
+def _leave(*_: Any) -> None:
+    """End this worker at once, and with it the program of a port, which may be at work and deaf to its stdin."""
+    for port in _ports:
+        backends.abandon(port)
+    os._exit(1)
 
 
 def serve(pipe: Connection, target: str, plan: Plan, select: str, seconds: float | None) -> None:
@@ -62,6 +75,9 @@ def serve(pipe: Connection, target: str, plan: Plan, select: str, seconds: float
 
 def _answer(pipe: Connection, target: str, plan: Plan, select: str, seconds: float | None) -> None:
     backend = backends.resolve(target, seconds)
+    if backends.is_wire_port(backend):
+        _ports.append(backend)
+        signal.signal(signal.SIGTERM, _leave)
     session = Session(backend, backends.describe(backend, target), plan, select)
     pipe.send(("ready", None))
     with contextlib.suppress(EOFError):
@@ -117,6 +133,8 @@ class _Worker:
         self.since = time.monotonic()
 
     def kill(self) -> None:
+        self.process.terminate()  # which a worker hears that has a program to end first
+        self.process.join(TERMINATE_SECONDS)
         self.process.kill()
         self.process.join()
         self.pipe.close()

@@ -128,10 +128,20 @@ class Port:
     def close(self) -> str:
         """`stop`, and remove the folder of the tensor files too."""
         fault = self.stop()
+        self._clear()
+        return fault
+
+    def abandon(self) -> None:
+        """End the process at once, and remove the folder."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+        self._clear()
+
+    def _clear(self) -> None:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
-        return fault
 
     # ------------------------------------------------------------------------------------------ the conversation
 
