@@ -53,7 +53,7 @@ def test_a_backend_that_takes_the_process_down_is_reported(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     code, output = call("conform", f"{PORTS}:crash", "--profile", "smoke", "--select", "FM-2", "--seed", "3")
     assert code == 1
-    assert "took its process down: the process died with exit code 3" in " ".join(output.split())
+    assert "took its process down: the process ended with exit status 3" in " ".join(output.split())
 
 
 def test_a_backend_that_hangs_is_given_up_and_what_was_left_out_is_said():

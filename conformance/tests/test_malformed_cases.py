@@ -14,6 +14,7 @@ from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.replay import check_files
 from rattention.conformance.runner import Settings, plan_units
 from rattention.conformance.strategies import make_plan
+from rattention.conformance.wellformed import PARAMS
 from rattention.numpy.adapter import backend as honest
 from typer.testing import CliRunner
 
@@ -105,7 +106,7 @@ FILES = {
     "tensor unknown": (described(json.dumps(ABOUT), **{"in.y": X}), "unknown tensor"),
     "tensor missing": (raw({"__metadata__": {"rattention": json.dumps(ABOUT)}}, b""), "x: expected a tensor"),
     "about is text": (described("hello"), "not JSON"),
-    "about is a list": (described("[1]"), "not of type 'object'"),
+    "about is a list": (described("[1]"), "expected object, got [1]"),
     "about is deep": (described(DEEP), "nested too deep"),
     "params are deep": (
         described('{"format": 1, "op": "rms_mix", "attrs": {}, "params": {"a": ' + DEEP + "}}"),
@@ -133,12 +134,21 @@ FILES = {
     "params no float": (about(params={"a": [{"float": 3}]}), "float"),
     "clauses a number": (about(clauses=3), "clauses"),
     "clauses of numbers": (about(clauses=[3]), "clauses/0"),
+    "clause unknown": (about(clauses=["FM-1", "FM-99"]), "no clause 'FM-99'"),
+    "clause twice": (about(clauses=["FM-1", "FM-1"]), "clauses"),
     "note a number": (about(note=3), "note"),
     "seed a fraction": (about(seed=1.5), "seed"),
     "property unknown": (about(property="nonsense"), "no property 'nonsense'"),
     "property a list": (about(property=["agreement"]), "property"),
     "property half a surrogate": (about(property="\ud800"), "no property"),
     "params missing": (about(property="membership"), "cannot judge it"),
+    "params unknown": (about(property="rows", params={"row": 0, "rwo": 1}), "'rwo' is none of the property 'rows'"),
+    "params of no property": (about(params={"row": 0}), "which takes none"),
+    "params of no such value": (about(property="odd calls", params={"kind": "odd"}), "kind 'odd'"),
+    "a layout unknown": (about(property="strides", params={"layouts": {"x": "diagonal"}}), "layout 'diagonal'"),
+    "a row that is not there": (about(property="rows", params={"row": 3}), "cannot judge it"),
+    "white space before the header": (struct.pack("<Q", 3) + b" {}", "must begin with {"),
+    "a newline behind the header": (struct.pack("<Q", 3) + b"{}\n", "spaces alone"),
     "describe without params": (about(property="description"), "cannot judge it"),
     "bad input, yet good": (about(property="bad input", params={"text": "x", "entry": "x", "target": "x"}), "is valid"),
     "bad input, other words": (about(property="bad input", attrs={"feature_map": "elu"}), "refuses this call with"),
@@ -177,6 +187,7 @@ STORED = {
     "budget below 0": ({"out": V}, {"out": -V}, "negative"),
     "budget NaN": ({"out": V}, {"out": V * np.nan}, "NaN"),
 }
+LENGTHS = [0.5, np.nan, np.inf, 2.0**31]
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -185,6 +196,20 @@ def test_an_answer_that_does_not_fit_the_call_is_refused(kind, tmp_path):
     tensors = {"x": np.ones((1, 2, 1, 4), np.float32)}
     file = vectors.save_case(tmp_path / "a", Case("feature_map", tensors, {}, expected=expected, budget=budget))
     assert said in refused(file, "replay", file, "numpy")
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_number_that_no_integer_output_can_be_is_refused(length, tmp_path):
+    """No backend could give such an answer: `cache_length` is int32, whatever dtype stores what is expected."""
+    plan = make_plan("smoke", 0, honest.describe())
+    recipe = next(r for r in REGISTRY["agreement"].draw(plan) if r.op == "rattention_extend")
+    case = make_case(REGISTRY["agreement"], plan, recipe)
+    assert case is not None
+    stored = np.full(case.tensors["cache_length"].shape, 3.0)
+    stored[0] = length
+    case.expected = {"cache_length": stored}
+    file = vectors.save_case(tmp_path / "a", case)
+    assert "expected.cache_length holds what no int32 is" in refused(file, "replay", file, "numpy")
 
 
 MANIFESTS = {
@@ -206,6 +231,16 @@ MANIFESTS = {
     "file a folder": b'{"format": 1, "cases": [{"file": "."}]}',
     "file too long": b'{"format": 1, "cases": [{"file": "%s"}]}' % (b"a" * 5000),
     "file with NUL": b'{"format": 1, "cases": [{"file": "a\\u0000"}]}',
+    "file outside": b'{"format": 1, "cases": [{"file": "../good"}]}',
+    "file absolute": b'{"format": 1, "cases": [{"file": "/dev/null"}]}',
+    "file twice": b'{"format": 1, "cases": [{"file": "good"}, {"file": "./good"}]}',
+    "a key twice": b'{"format": 1, "cases": [{"file": "good"}], "cases": [{"file": "good"}]}',
+    "an entry's key unknown": b'{"format": 1, "cases": [{"file": "good", "sha265": "00"}]}',
+    "op of another": b'{"format": 1, "cases": [{"file": "good", "op": "rms_mix"}]}',
+    "op unknown": b'{"format": 1, "cases": [{"file": "good", "op": "nonsense"}]}',
+    "clauses of another": b'{"format": 1, "cases": [{"file": "good", "clauses": ["FM-1"]}]}',
+    "note of another": b'{"format": 1, "cases": [{"file": "good", "note": "another"}]}',
+    "source of another": b'{"format": 1, "cases": [{"file": "good", "source": "another"}]}',
     "checksum a number": b'{"format": 1, "cases": [{"file": "good", "sha256": 3}]}',
     "checksum short": b'{"format": 1, "cases": [{"file": "good", "sha256": "00"}]}',
     "checksum of another": b'{"format": 1, "cases": [{"file": "good", "sha256": "%s"}]}' % (b"0" * 64),
@@ -222,6 +257,42 @@ def test_a_malformed_manifest_is_refused_by_name(kind, tmp_path):
         refused(file, "conform", "numpy", "--profile", "smoke", "--vectors", path)
 
 
+def test_a_case_beside_a_manifest_is_not_passed_over(tmp_path):
+    """Everything that is stored is judged; a file that was copied into a set has no checksum yet."""
+    (tmp_path / "deep").mkdir()
+    for name in ("listed", "deep/copied"):
+        (tmp_path / f"{name}.safetensors").write_bytes(about())
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text('{"format": 1, "cases": [{"file": "listed.safetensors"}]}')
+    for path in (tmp_path, manifest):
+        assert "copied.safetensors" in refused(manifest, "vectors", "check", path, "numpy")
+    (tmp_path / "deep" / "copied.safetensors").unlink()
+    assert call("vectors", "check", tmp_path, "numpy")[0] == 0
+
+
+def test_a_case_that_is_named_twice_is_run_once(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(about())
+    given = (str(tmp_path), str(file), str(tmp_path / "." / "a.safetensors"))
+    plan = make_plan("smoke", 0, honest.describe(), given)
+    assert len(list(REGISTRY["stored vectors"].draw(plan))) == 1
+
+
+def test_the_names_of_params_are_those_that_the_suite_writes():
+    """Of every property's cases at quick, the small ones."""
+    plan = make_plan("quick", 4, honest.describe())
+    found: dict[str, set[str]] = {}
+    for unit in plan_units(plan, Settings("quick", 4)):
+        if unit.property_name == "agreement" or (unit.recipe.T > 200 and unit.property_name != "drift"):
+            continue
+        case = make_case(REGISTRY[unit.property_name], plan, unit.recipe)
+        if case is not None:
+            found.setdefault(unit.property_name, set()).update(case.params)
+    assert set(PARAMS) <= set(REGISTRY)
+    for name, params in found.items():
+        assert params <= set(PARAMS.get(name, ())), name
+
+
 def test_a_set_with_one_malformed_case_judges_none(tmp_path):
     for name, data in (("a", about()), ("b", about(seed=1.5)), ("c", about())):
         (tmp_path / f"{name}.safetensors").write_bytes(data)
@@ -232,7 +303,7 @@ def test_a_set_with_one_malformed_case_judges_none(tmp_path):
 
 def test_what_is_well_formed_is_judged(tmp_path):
     for number, data in enumerate(
-        (about(), about(seed=10**30), about(clauses=["FM-1"], params={"a": {"float": "nan"}}))
+        (about(), about(seed=10**30), about(clauses=["FM-1"], property="rows", params={"row": 0}))
     ):
         (tmp_path / f"{number}.safetensors").write_bytes(data)
     code, out, _ = call("vectors", "check", tmp_path, "numpy")

@@ -43,14 +43,17 @@ def registered() -> dict[str, str]:
     return found
 
 
-def resolve(text: str) -> Any:
+def resolve(text: str, seconds: float | None = None) -> Any:
     """The backend that `text` names: NAME, path/to/file.py:attribute, module:attribute, or exec:COMMAND.
+
+    Args:
+        seconds: how long a port behind `exec:` may take for an answer; None for its default.
 
     Raises:
         CannotRun: there is no such backend, or it fails to load.
     """
     if text.startswith("exec:"):
-        from rattention.conformance.wire.client import Port
+        from rattention.conformance.wire.client import RUN_SECONDS, START_SECONDS, Port
 
         try:
             command = shlex.split(text.removeprefix("exec:"))
@@ -58,7 +61,9 @@ def resolve(text: str) -> Any:
             raise CannotRun(f"{text}: the command is not one that a shell would take: {error}") from None
         if not command:
             raise CannotRun("exec: needs a command, as in exec:./port")
-        return Port(command)
+        # A program has its time to start, which a short limit for a call does not cut.
+        limit = RUN_SECONDS if seconds is None else seconds
+        return Port(command, run_seconds=limit, start_seconds=max(START_SECONDS, seconds or 0.0))
     target = registered().get(text, text)
     place, colon, attribute = target.rpartition(":")
     if not colon:
@@ -111,7 +116,8 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
     return found
 
 
-def _is_wire_port(backend: Any) -> bool:
+def is_wire_port(backend: Any) -> bool:
+    """Whether a backend is a program behind the wire."""
     from rattention.conformance.wire.client import Port
 
     return issubclass(type(backend), Port)
@@ -119,22 +125,41 @@ def _is_wire_port(backend: Any) -> bool:
 
 def wire_clauses(backend: Any) -> tuple[str, ...]:
     """What every call of a port behind the wire exercises beside the call itself."""
-    return backend.clauses if _is_wire_port(backend) else ()
+    return backend.clauses if is_wire_port(backend) else ()
 
 
-def close(backend: Any) -> None:
-    """Stop the process of a port behind the wire. Nothing else has one that the suite started.
+def held(backend: Any) -> tuple[str, ...]:
+    """Clauses that the runner keeps in the place of this backend (chapter 12); none for a backend in this process."""
+    return backend.held if is_wire_port(backend) else ()
 
-    The contract knows no such method: a `close` of the backend's own is for others to call, and may do anything.
+
+def stop(backend: Any) -> str:
+    """End the process of a port behind the wire for now; what is wrong with how it ended, or "".
+
+    Nothing else has a process that the suite started.
     """
-    if _is_wire_port(backend):
-        backend.close()
+    return backend.stop() if is_wire_port(backend) else ""
 
 
 def abandon(backend: Any) -> None:
-    """As `close`, without asking the port: it may be at work, or hang."""
-    if _is_wire_port(backend):
+    """End the process of a port behind the wire at once, whatever it is at."""
+    if is_wire_port(backend):
         backend.abandon()
+
+
+def stop_seconds() -> float:
+    """How long a port has to end at `stop`."""
+    from rattention.conformance.wire.client import STOP_SECONDS
+
+    return STOP_SECONDS
+
+
+def close(backend: Any) -> str:
+    """`stop` for the last time.
+
+    The contract knows no such method: a `close` of the backend's own is for others to call, and may do anything.
+    """
+    return backend.close() if is_wire_port(backend) else ""
 
 
 def cost(name: str) -> str:

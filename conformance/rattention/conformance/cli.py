@@ -7,6 +7,7 @@ out before the run; if writing fails all the same, the verdict and its exit code
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import secrets
 import sys
@@ -61,6 +62,28 @@ SeedOption = Annotated[int | None, typer.Option(help=f"{SEED_HELP}; default: a f
 ProfileOption = Annotated[Profile, typer.Option(help="how much to run")]
 
 
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise typer.BadParameter(f"{text!r} is no number of seconds above 0")
+    return found
+
+
+PORT_TIMEOUT_HELP = "limit for one answer of a port behind exec:; default: 120, and 60 to start"
+PortTimeoutOption = Annotated[float | None, typer.Option(help=PORT_TIMEOUT_HELP, parser=_seconds, metavar="<seconds>")]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        help=f"{PORT_TIMEOUT_HELP}. Of another backend: for one case; default: 300",
+        parser=_seconds,
+        metavar="<seconds>",
+    ),
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         try:
@@ -88,7 +111,13 @@ def conform(
     seed: SeedOption = None,
     report: ReportOption = None,
     vectors: Annotated[list[str] | None, typer.Option(help="cases to run too: a file, a folder or a manifest")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="worker processes; default: 2, fewer on a smaller machine")] = 0,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="worker processes, each with a port of its own behind exec:; default: 2, 1 on a single core"
+        ),
+    ] = 0,
+    timeout: TimeoutOption = None,
 ) -> None:
     """Hold a backend against the specification."""
     from rattention.conformance import reporting
@@ -114,7 +143,7 @@ def conform(
     if report:
         reporting.try_folder(report, reporting.REPORT, (reporting.CASES,), what="--report")
     count = workers or max(1, min(2, os.cpu_count() or 1))
-    settings = Settings(profile.value, chosen, select, tuple(str(path) for path in paths), count)
+    settings = Settings(profile.value, chosen, select, tuple(str(path) for path in paths), count, timeout)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
     console.print(f"profile {profile.value}, seed {chosen}")
@@ -191,7 +220,10 @@ def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place:
         except workers.SuiteFault as fault:
             raise backends.CannotRun(f"the suite itself failed at {fault}") from None
     if not outcome.stopped and outcome.empty:
-        raise backends.CannotRun(f"nothing to run: --select {settings.select} matches no case of this profile")
+        matches = "matches no case of this profile"
+        if any(r.status == "runner" for r in outcome.results):
+            matches = "matches only cases that the runner decides for a port behind the wire"
+        raise backends.CannotRun(f"nothing to run: --select {settings.select} {matches}")
     summary = reporting.summarise(outcome)
     step.line(reporting.end_of(summary))
     files = reporting.report_files(outcome, summary) if whole else reporting.case_files(outcome)
@@ -263,14 +295,15 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
         except reporting.CannotWrite as error:
             warn(str(error))
     table = Table(title="All backends", title_justify="left")
-    for column in ("backend", "profile", "verdict", "passed", "failed", "unsupported", "largest share", "seconds"):
+    kinds = ("passed", "failed", "unsupported", *(["runner"] if any(s["cases"]["runner"] for s in summaries) else []))
+    for column in ("backend", "profile", "verdict", *kinds, "largest share", "seconds"):
         table.add_column(column, no_wrap=column in ("backend", "verdict"))
     for s in summaries:
         verdict = "[green]conforming[/]" if s["conforming"] else "[bold red]not conforming[/]"
         verdict = "[yellow]no verdict[/]" if s["unfinished"] else verdict
         c = s["cases"]
         shares = [x for by_dtype in s["budget"].values() for outputs in by_dtype.values() for x in outputs.values()]
-        counts = (str(c[k]) for k in ("passed", "failed", "unsupported"))
+        counts = (str(c[k]) for k in kinds)
         worst, seconds = f"{max(shares, default=0.0):.3g}", f"{s['seconds']:.1f}"
         table.add_row(escape(s["backend"]), s["profile"], verdict, *counts, worst, seconds)
     left = [name for name in names if name not in broken and name not in [s["backend"] for s in summaries]]
@@ -290,11 +323,12 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
 def replay(
     case: Annotated[Path, typer.Argument(help="a case file")],
     backend: Backend,
+    timeout: PortTimeoutOption = None,
 ) -> None:
     """Run one case again, exactly as it was."""
     from rattention.conformance.replay import replay as again
 
-    lines, failed = again(case, backend)
+    lines, failed = again(case, backend, timeout)
     for line in lines:
         console.print(escape(line), soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
@@ -372,6 +406,7 @@ def vectors_check(
             help=f"a set, a manifest or one case (default: the stored vectors of this package), and {BACKEND_HELP}",
         ),
     ],
+    timeout: PortTimeoutOption = None,
 ) -> None:
     """Run every case of a set."""
     from rattention.conformance.replay import check_set
@@ -389,7 +424,7 @@ def vectors_check(
         for line in lines:
             console.print(escape(line), soft_wrap=True)
 
-    raise typer.Exit(1 if check_set(Path(found[0]), backend, told) else 0)
+    raise typer.Exit(1 if check_set(Path(found[0]), backend, told, timeout) else 0)
 
 
 @app.command()

@@ -83,7 +83,7 @@ class Context:
         except SpecError as error:
             self._break(("BCK-5", *clause_of(error)), f"a valid call was refused: {told(error)}", "refusal")
         except PortFailure as failure:
-            self._break((failure.clause, "BCK-3"), str(failure), failure.kind)
+            self._break(tuple(dict.fromkeys((failure.clause, "BCK-3"))), str(failure), failure.kind)
         except BaseException as error:  # a backend may fail in any way it likes, SystemExit included
             if by_user(error):
                 raise

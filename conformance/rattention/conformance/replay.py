@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,14 +26,17 @@ from rattention.conformance.vectors import CaseError
 from rattention.conformance.workers import Worker, end_with_parent, taken_down
 from rattention.spec import load
 
+NOT_JUDGED = {"unsupported": "unsupported", "runner": "decided by the runner"}
+"""Verdicts that are neither a pass nor a failure, and how the last line counts them."""
 
-def open_session(target: str) -> Session:
-    """A session for single cases.
+
+def open_session(target: str, seconds: float | None = None) -> Session:
+    """A session for single cases. `seconds`: how long a port behind the wire may take for an answer.
 
     Raises:
         CannotRun: there is no such backend, or it does not start.
     """
-    backend = backends.resolve(target)
+    backend = backends.resolve(target, seconds)
     about = backends.describe(backend, target)
     return Session(backend, about, make_plan("quick", 0, about))
 
@@ -68,9 +71,10 @@ def check_files(files: Iterable[Path]) -> None:
 def verdict_lines(session: Session, case: Case, name: str, *, whole: bool = False) -> tuple[list[str], bool]:
     """What one case says, line by line, and whether it failed. `whole`: with the guess, and with its tensors."""
     judge = "" if case.property_name == "agreement" else f"  property {case.property_name}"
-    violations, reason = session.verdict(REGISTRY[case.property_name], case)
+    runners = session.runners_own(case)
+    violations, reason = ([], runners) if runners else session.verdict(REGISTRY[case.property_name], case)
     if not violations:
-        verdict = f"{'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
+        verdict = f"{'runner' if runners else 'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
         return [f"{verdict}{f'  ({reason})' if reason else ''}"], False
     if whole:
         diagnose(session.ctx, case, recipe_of(case), violations, violations)
@@ -94,18 +98,20 @@ Answer = tuple[list[str], bool]
 """What a case says, line by line, and whether it failed."""
 
 
-def judged(target: str, files: Sequence[Path], *, whole: bool = False) -> Iterator[Answer]:
-    """The answer of each file.
+def judged(
+    target: str, files: Sequence[Path], *, whole: bool = False, seconds: float | None = None
+) -> Iterator[Answer]:
+    """The answer of each file, and a note where a port did not end as it should. `seconds`: for one answer.
 
     Raises:
         CannotRun: there is no such backend, or it does not start.
     """
     # A port behind the wire has a process of its own.
-    yield from (_here if target.startswith("exec:") else _apart)(target, files, whole)
+    yield from (_here if target.startswith("exec:") else _apart)(target, files, whole, seconds)
 
 
-def _here(target: str, files: Sequence[Path], whole: bool) -> Iterator[Answer]:
-    session = open_session(target)
+def _here(target: str, files: Sequence[Path], whole: bool, seconds: float | None) -> Iterator[Answer]:
+    session = open_session(target, seconds)
     try:
         for file in files:
             yield verdict_lines(session, vectors.load_valid(file), file.name, whole=whole)
@@ -113,10 +119,12 @@ def _here(target: str, files: Sequence[Path], whole: bool) -> Iterator[Answer]:
         backends.abandon(session.ctx.backend)
         raise
     finally:
-        backends.close(session.ctx.backend)
+        fault = backends.close(session.ctx.backend)
+    if fault:  # no verdict on the case, yet it is not passed over
+        yield [f"note: {fault} (WIRE-4)"], False
 
 
-def _apart(target: str, files: Sequence[Path], whole: bool) -> Iterator[Answer]:
+def _apart(target: str, files: Sequence[Path], whole: bool, seconds: float | None) -> Iterator[Answer]:
     """In a process apart from this one, whose end would pass for a verdict. One that dies costs its case alone."""
     rest = deque(files)
     while rest:
@@ -124,6 +132,8 @@ def _apart(target: str, files: Sequence[Path], whole: bool) -> Iterator[Answer]:
         ready = False
         try:
             while rest:
+                if ready and not worker.pipe.poll(seconds):
+                    raise TimeoutError
                 kind, answer = worker.pipe.recv()
                 ready = True
                 if kind == "cannot":
@@ -131,8 +141,8 @@ def _apart(target: str, files: Sequence[Path], whole: bool) -> Iterator[Answer]:
                 if kind == "done":
                     rest.popleft()
                     yield answer
-        except (EOFError, OSError):
-            why = worker.died()
+        except (EOFError, OSError) as error:
+            why = worker.silent(seconds or 0) if isinstance(error, TimeoutError) else worker.died()
             if not ready:
                 raise backends.CannotRun(f"{target} does not start: {why}") from None
             case, name = vectors.load_valid(rest[0]), rest.popleft().name
@@ -162,20 +172,22 @@ def _live(pipe: Connection, stack: Stack, target: str, files: list[Path], whole:
         pipe.send(("cannot", f"the suite itself failed: {type(error).__name__}: {told(error)}"))
 
 
-def replay(path: Path, target: str) -> tuple[list[str], bool]:
-    """Run the case at `path`.
+def replay(path: Path, target: str, seconds: float | None = None) -> tuple[list[str], bool]:
+    """Run the case at `path`. `seconds`: as in `open_session`.
 
     Raises:
         CannotRun: there is no such backend, or it does not start.
         CaseError: the file cannot be used.
     """
     check_files([path])
-    (answer,) = judged(target, [path], whole=True)
-    return answer
+    (case, *notes) = judged(target, [path], whole=True, seconds=seconds)
+    return [*case[0], *(line for lines, _ in notes for line in lines)], case[1]
 
 
-def check_set(path: Path, target: str, say: Callable[[list[str]], None]) -> bool:
+def check_set(path: Path, target: str, say: Callable[[list[str]], None], seconds: float | None = None) -> bool:
     """Run every case of a set, checksums first; whether one failed. `say` gets the lines of each case as they come.
+
+    seconds: as in `open_session`.
 
     Raises:
         CannotRun: there is no such backend, or it does not start.
@@ -183,10 +195,12 @@ def check_set(path: Path, target: str, say: Callable[[list[str]], None]) -> bool
     """
     files = vectors.list_set(path)
     check_files(files)
-    failed = refused = 0
-    for lines, bad in judged(target, files):
+    failed = 0
+    others: Counter[str] = Counter()
+    for lines, bad in judged(target, files, seconds=seconds):
         failed += bad
-        refused += lines[0].startswith("unsupported")
+        others[lines[0].split()[0]] += 1
         say(lines)
-    say([f"{len(files) - failed} of {len(files)} cases conform{f', {refused} of them unsupported' if refused else ''}"])
+    notes = [f"{others[kind]} of them {text}" for kind, text in NOT_JUDGED.items() if others[kind]]
+    say([", ".join([f"{len(files) - failed} of {len(files)} cases conform", *notes])])
     return failed > 0

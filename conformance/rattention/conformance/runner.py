@@ -34,7 +34,8 @@ FEW = 4
 class Settings:
     """What to run. `vectors` are files or folders of cases run beside the properties; `workers` 0 stays in process.
 
-    `timeout`: seconds that a case may take in a worker process, before the worker counts as hung.
+    `timeout`: seconds that a port behind the wire may take for an answer, or another backend for a case in a worker
+    process, before it counts as hung; None for the defaults of `wire.client` and `workers`.
     """
 
     profile: str = "quick"
@@ -42,7 +43,7 @@ class Settings:
     select: str = ""
     vectors: tuple[str, ...] = ()
     workers: int = 0
-    timeout: float = 300.0
+    timeout: float | None = None
     stop_at_first: bool = False
 
 
@@ -50,7 +51,8 @@ class Settings:
 class Outcome:
     """What a run found. `results` are in the order of the plan, whoever ran them.
 
-    `stopped` says why a run ended before its end: it was interrupted, or the backend no longer started.
+    `stopped` says why a run ended before its end: it was interrupted, or the backend no longer started. `held`: clauses
+    that the runner keeps for a port behind the wire.
     """
 
     backend: str
@@ -61,6 +63,7 @@ class Outcome:
     seconds: float = 0.0
     planned: int = 0
     stopped: str = ""
+    held: tuple[str, ...] = ()
 
     @property
     def left_out(self) -> int:
@@ -129,27 +132,44 @@ def conform(
 
     begin = time.perf_counter()
     local = backend is not None
-    backend = backend if local else backends.resolve(target)
+    backend = backend if local else backends.resolve(target, settings.timeout)
     about = backends.describe(backend, target)
     plan = make_plan(settings.profile, settings.seed, about, settings.vectors)
     units = plan_units(plan, settings)
-    outcome = Outcome(target, about, settings, planned=len(units))
+    outcome = Outcome(target, about, settings, planned=len(units), held=backends.held(backend))
     if progress:
         progress(0, len(units), 0)
     if local or settings.workers <= 0:
         session = Session(backend, about, plan, settings.select, oracle)
         _in_process(session, units, outcome, settings, progress)
+        endings = [] if local else [backends.close(backend)]
     else:
-        backends.close(backend)
-        _in_workers(Pool(target, plan, settings), plan, units, outcome, progress)
-    if not local:
-        backends.close(backend)
+        endings = [backends.close(backend)]
+        endings += _in_workers(
+            Pool(target, plan, settings, wire=backends.is_wire_port(backend)), units, outcome, progress
+        )
+    _ended(outcome, endings)
+    _keep_raw(plan, units, outcome, worth_shrinking(outcome.results))
     outcome.failures.sort(key=lambda f: f.index)
     outcome.seconds = time.perf_counter() - begin
     return outcome
 
 
-def _in_workers(pool: Pool, plan: Plan, units: list[Unit], outcome: Outcome, progress: Progress | None) -> None:
+def _ended(outcome: Outcome, endings: list[str]) -> None:
+    """Judge how the processes of a port ended after all their calls.
+
+    The property `stop` has looked at one process after a few calls. What others did wrong at their end is a failure of
+    its case, once, however many they were.
+    """
+    fault = next(filter(None, endings), "")
+    for result in outcome.results:
+        if fault and result.property_name == "stop" and result.status == "pass":
+            result.status = "fail"
+            result.violations = [Violation(("WIRE-4",), f"at the end of the run: {fault}", "stop")]
+
+
+def _in_workers(pool: Pool, units: list[Unit], outcome: Outcome, progress: Progress | None) -> list[str]:
+    """Fill the outcome; what was wrong with how processes of a port ended."""
     try:
         with pool:
             pool.run(units, progress)
@@ -161,7 +181,7 @@ def _in_workers(pool: Pool, plan: Plan, units: list[Unit], outcome: Outcome, pro
             interrupts.hold()
         outcome.stopped = str(reason) or INTERRUPTED
     outcome.results, outcome.failures = _found(pool, units), pool.failures
-    _keep_raw(plan, units, outcome, worth_shrinking(outcome.results))
+    return pool.endings
 
 
 def _found(pool: Pool, units: list[Unit]) -> list[UnitResult]:
@@ -190,7 +210,6 @@ def _in_process(
             raise
         interrupts.hold()
         outcome.stopped = INTERRUPTED
-    _keep_raw(session.plan, units, outcome, worth_shrinking(outcome.results))
 
 
 def _keep_raw(plan: Plan, units: list[Unit], outcome: Outcome, chosen: list[int]) -> None:

@@ -32,7 +32,7 @@ class Unit:
 
 @dataclass
 class UnitResult:
-    """What became of a unit. status: pass, fail, unsupported or skip.
+    """What became of a unit. status: pass, fail, unsupported, skip, or runner: see `Session.runners_own`.
 
     clauses: those that the case could have broken. always: it ran though --select does not name it.
     """
@@ -95,35 +95,57 @@ class Session:
         prop = REGISTRY[unit.property_name]
         case = make_case(prop, self.plan, unit.recipe)
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
-        if case is None or not self.selected(prop, case):
+        if case is None:
+            return result
+        wired = (*case.clauses, *backends.wire_clauses(self.ctx.backend))
+        if not self.selected(prop, case, wired) or not self.concerns(case):
             return result
         result.op, result.dtype = case.op, dtype_of(case)
+        result.reason = self.runners_own(case)
+        if result.reason:
+            result.status, result.clauses = "runner", ()
+            return result
         calls = self.ctx.calls
         self.ctx.held = set()
-        result.always = not self.named(prop, case)
+        result.always = not self.named(prop, case, wired)
         result.violations, result.reason = self.verdict(prop, case)
         if self.moot and not result.violations:
             return result
         result.status = "fail" if result.violations else "unsupported" if result.reason else "pass"
-        held = self.ctx.held | set(case.clauses) | set(backends.wire_clauses(self.ctx.backend))
+        held = (self.ctx.held | set(wired)) - set(backends.held(self.ctx.backend))
         result.clauses = tuple(label for label in load().clauses if label in held)
         result.calls = self.ctx.calls - calls
         result.shares, self.ctx.shares = self.ctx.shares, {}
         result.seconds = time.perf_counter() - begin
         return result
 
-    def selected(self, prop: Property, case: Case) -> bool:
+    def selected(self, prop: Property, case: Case, clauses: tuple[str, ...]) -> bool:
         """Whether --select keeps the case: a clause, the letters of a group of clauses, an operation, a property."""
         # What a backend says of itself decides which cases there are, whatever is selected.
-        return case.params.get("what") == "describe" or self.named(prop, case)
+        return case.params.get("what") == "describe" or self.named(prop, case, clauses)
 
-    def named(self, prop: Property, case: Case) -> bool:
+    def named(self, prop: Property, case: Case, clauses: tuple[str, ...]) -> bool:
         """Whether --select names the case, or nothing is selected."""
         wanted = self.select
         if not wanted:
             return True
-        names = {case.op, case.base_op, prop.name, case.property_name, *case.clauses}
-        return wanted in names or any(label.startswith(wanted + "-") for label in case.clauses)
+        names = {case.op, case.base_op, prop.name, case.property_name, *clauses}
+        return wanted in names or any(label.startswith(wanted + "-") for label in clauses)
+
+    def concerns(self, case: Case) -> bool:
+        """Whether the case is about something that the backend has: one in this process has no wire."""
+        judged = _judge_of(case).clauses
+        return backends.is_wire_port(self.ctx.backend) or not all(label.startswith("WIRE-") for label in judged)
+
+    def runners_own(self, case: Case) -> str:
+        """Why the runner itself decides the case, or "" where the backend does.
+
+        The runner adapts a port behind the wire to this contract, and keeps some of its clauses for it (chapter 12). A
+        property of these clauses alone says nothing about the port.
+        """
+        if set(_judge_of(case).clauses) <= set(backends.held(self.ctx.backend)):
+            return f"{_judge_of(case).name}: the runner decides it, and the port never sees it"
+        return ""
 
     def verdict(self, prop: Property, case: Case) -> tuple[list[Violation], str]:
         """Violations, and the reason where the backend refused with every right to it. `moot` says of the last one
@@ -215,3 +237,8 @@ class Session:
 def dtype_of(case: Case) -> str:
     """The row of the matrix that a case belongs to: its storage dtype, "any" where it calls no operation."""
     return storage_of(case) if case.op in load().operations else "any"
+
+
+def _judge_of(case: Case) -> Property:
+    """The property whose verdict the case gets; a stored case names one."""
+    return REGISTRY[case.property_name]

@@ -69,8 +69,12 @@ def parse(raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         entries = safetensors.deserialize(raw)
         (size,) = struct.unpack_from("<Q", raw)
-        # The package accepts a name that comes twice, which jsontext refuses, and does not hand out the metadata.
-        metadata = jsontext.parse(raw[8 : 8 + size].decode("utf-8")).get("__metadata__") or {}
+        header = raw[8 : 8 + size].decode("utf-8")
+        # What the rules of the format forbid and the package accepts: white space around the header other than spaces
+        # behind it, and a name that comes twice, which jsontext refuses. It does not hand out the metadata either.
+        if not (header.startswith("{") and header.rstrip(" ").endswith("}")):
+            raise ValueError("the header must begin with { and may end with spaces alone")
+        metadata = jsontext.parse(header).get("__metadata__") or {}
         for name, entry in entries:
             if entry["dtype"] not in CODES:
                 known = ", ".join(CODES)

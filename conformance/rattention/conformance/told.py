@@ -94,3 +94,13 @@ def by_user(error: BaseException) -> bool:
     if not isinstance(error, KeyboardInterrupt):
         return False
     return multiprocessing.parent_process() is None or not hasattr(signal, "pthread_sigmask")
+
+
+def ending(status: int | None) -> str:
+    """How a process ended, for "the port ...": a negative status is the signal that ended it."""
+    if status is None or status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was ended by the signal {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was ended by the signal {-status}"

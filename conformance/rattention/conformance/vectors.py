@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rattention.conformance import jsontext, tensorfile, wellformed
@@ -171,8 +171,8 @@ def list_set(path: str | Path) -> list[Path]:
     """Files of a set: `path` is a manifest, a folder with or without one, or a single case.
 
     Raises:
-        CaseError: the manifest is malformed, a file that it lists is missing or has another checksum, or there is no
-            case at all.
+        CaseError: the manifest is malformed or says of a file what is not so, a case beside it is not listed, or there
+            is no case at all.
     """
     path = Path(path)
     if path.is_dir():
@@ -180,7 +180,7 @@ def list_set(path: str | Path) -> list[Path]:
     if path.is_dir() and path.name != MANIFEST:
         files = sorted(path.rglob("*.safetensors"))
     elif path.suffix == ".json":
-        files = [_listed(path, entry) for entry in read_manifest(path)["cases"]]
+        files = _listed(path, read_manifest(path)["cases"])
     else:
         files = [path]
     if not files:
@@ -200,14 +200,43 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CaseError(path, _why(error)) from None
 
 
-def _listed(manifest: Path, entry: Mapping[str, Any]) -> Path:
-    file = manifest.parent / entry["file"]
+def _listed(manifest: Path, entries: list[dict[str, Any]]) -> list[Path]:
+    """The files of a manifest, each once, and no case in its folder left out."""
+    files: dict[Path, Path] = {}
+    for entry in entries:
+        file = _entry(manifest, entry)
+        if file.resolve() in files:
+            raise CaseError(manifest, f"{entry['file']} is listed twice")
+        files[file.resolve()] = file
+    for file in sorted(manifest.parent.rglob("*.safetensors")):
+        if file.resolve() not in files:
+            raise CaseError(manifest, f"{file.relative_to(manifest.parent)} lies in its folder and is not listed")
+    return list(files.values())
+
+
+def _entry(manifest: Path, entry: Mapping[str, Any]) -> Path:
+    """The file of one entry, which must be what the entry says of it."""
+    name = entry["file"]
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts:
+        raise CaseError(manifest, f"{name} leads out of its folder")
+    file = manifest.parent / name
     try:
         data = _read(file)
     except ValueError as error:
-        raise CaseError(manifest, f"{entry['file']} is listed but missing: {error}") from None
+        raise CaseError(manifest, f"{name} is listed but missing: {error}") from None
     if "sha256" in entry and hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise CaseError(manifest, f"{entry['file']} differs from its checksum")
+        raise CaseError(manifest, f"{name} differs from its checksum")
+    said = {key: entry[key] for key in ("op", "clauses", "note", "source") if key in entry}
+    if said:
+        try:
+            case = _parse_case(data)
+        except (ValueError, RecursionError) as error:
+            raise CaseError(file, _why(error)) from None
+        held = {"op": case.op, "clauses": list(case.clauses), "note": case.note, "source": case.source}
+        wrong = next((key for key, value in said.items() if held[key] != value), "")
+        if wrong:
+            raise CaseError(manifest, f"{name}: {wrong} is {held[wrong]!r} in the file, {said[wrong]!r} here")
     return file
 
 

@@ -14,12 +14,38 @@ from rattention.spec import Call, SpecError, load, validate
 
 REFUSED = "bad input"
 """The property whose cases are invalid calls on purpose; `params["text"]` is what the refusal must say."""
+PARAMS: dict[str, tuple[str, ...]] = {
+    REFUSED: ("text", "entry", "target", "dtype", "options"),
+    "description": ("what",),
+    "odd calls": ("kind",),
+    "drift": ("kind",),
+    "exact state": ("all",),
+    "shared heads": ("outputs",),
+    "splits": ("rows",),
+    "membership": ("marks",),
+    "membership of gradients": ("marks", "branch"),
+    "rows": ("row",),
+    "linear in v": ("split",),
+    "shift of phi": ("shift",),
+    "strides": ("layouts",),
+    "NaN surfaces": ("tensor", "at", "value"),
+}
+"""Names in `params`, by property; the others have none. What they must hold is for the property to say."""
 
 
 def fault(case: Case) -> str:
     """What is wrong, in one line; "" where the case can be used."""
-    if case.op not in load().operations:
-        return f"no operation {case.op!r} in specification {load().version}"
+    spec = load()
+    if case.op not in spec.operations:
+        return f"no operation {case.op!r} in specification {spec.version}"
+    unknown = [label for label in case.clauses if label not in spec.clauses]
+    if unknown:
+        return f"clauses: no clause {unknown[0]!r} in specification {spec.version}"
+    known = PARAMS.get(case.property_name, ())
+    odd = [name for name in case.params if name not in known]
+    if odd:
+        takes = f"expected {', '.join(known)}" if known else "which takes none"
+        return f"params: {odd[0]!r} is none of the property {case.property_name!r}, {takes}"
     if case.property_name == "description" and case.params.get("what") == "describe":
         return _no_answer(case)  # asks for describe() alone
     try:
@@ -56,7 +82,14 @@ def _answer(case: Case, call: Call) -> str:
                 return f"{kind}.{name} is {_told(x.dtype, x.shape)}, expected {_told(wanted[0], shapes[name])}"
             if kind == "budget" and not (x >= 0).all():
                 return f"budget.{name} holds a negative number or NaN"
+            if kind == "expected" and name in integers and not _int32(x):
+                return f"expected.{name} holds what no int32 is"
     return ""
+
+
+def _int32(x: np.ndarray) -> bool:
+    wide = x.astype(np.float64)
+    return bool(((wide == np.trunc(wide)) & (np.abs(wide) < 2**31)).all())
 
 
 def _told(dtype: Any, shape: tuple[int, ...]) -> str:

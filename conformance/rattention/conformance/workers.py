@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from rattention.conformance.judge import Violation
 from rattention.conformance.session import Failure, Session, Unit, UnitResult
 from rattention.conformance.stacks import Stack
 from rattention.conformance.strategies import Plan
+from rattention.conformance.told import ending
 from rattention.spec import load
 
 if TYPE_CHECKING:
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
 
 LOSSES = 10
 """Workers lost before the rest of the run is left out: a backend that takes every process down is known by then."""
+CASE_SECONDS = 300.0
+"""Seconds that a backend in this process may take for a case, where no `--timeout` says otherwise."""
 STOP_SECONDS = 5.0
-"""Seconds that the workers have to end by themselves; after Ctrl-C they have one."""
-LEAVE_SECONDS = 1.0
-"""Seconds that a worker has to end the processes of its backend. One that hangs outside of Python takes no notice."""
+"""Seconds that the workers have to end by themselves, beside those of their ports; after Ctrl-C they have one."""
+LEAVE_SECONDS = 2.0
+"""Seconds that a worker has to end when it is told so, and its port with it, before it is killed."""
 HURRIED = 60.0
 """Each case that hangs halves the time that the next may take, down to this many seconds."""
 START_LIMIT = 300.0
@@ -54,19 +58,19 @@ _backends: list[Any] = []
 
 
 def leave(*_: object) -> None:
-    """End this worker at once, and with it the processes that its backend has."""
+    """End this worker at once, and with it the program of a port, which may be at work and deaf to its stdin."""
     for backend in _backends:
         with contextlib.suppress(Exception):
             backends.abandon(backend)
     os._exit(1)
 
 
-def serve(pipe: Connection, stack: Stack, target: str, plan: Plan, select: str) -> None:
+def serve(pipe: Connection, stack: Stack, target: str, plan: Plan, select: str, seconds: float | None) -> None:
     """The life of a worker: load, then answer ("run" | "minimise", units) with one message per unit."""
     end_with_parent()
     stack.record()
     try:
-        _answer(pipe, target, plan, select)
+        _answer(pipe, target, plan, select, seconds)
     except KeyboardInterrupt:
         # Not from the terminal (see `without_interrupts`): a thread of the backend interrupts the process that it runs
         # in. The backend has taken its process down.
@@ -75,8 +79,8 @@ def serve(pipe: Connection, stack: Stack, target: str, plan: Plan, select: str) 
         leave()
 
 
-def _answer(pipe: Connection, target: str, plan: Plan, select: str) -> None:
-    backend = backends.resolve(target)
+def _answer(pipe: Connection, target: str, plan: Plan, select: str, seconds: float | None) -> None:
+    backend = backends.resolve(target, seconds)
     _backends.append(backend)
     signal.signal(signal.SIGTERM, leave)
     session = Session(backend, backends.describe(backend, target), plan, select)
@@ -98,7 +102,9 @@ def _answer(pipe: Connection, target: str, plan: Plan, select: str) -> None:
                     pipe.send(("fault", f"{unit.property_name}: {unit.recipe}\n{traceback.format_exc()}"))
                     return
                 pipe.send(("done", answer))
-    backends.close(backend)
+    fault = backends.close(backend)
+    with contextlib.suppress(OSError):
+        pipe.send(("closed", fault))
 
 
 class SuiteFault(Exception):
@@ -160,7 +166,7 @@ class Worker:
     def died(self) -> str:
         """Why a worker is lost whose pipe has ended."""
         self.process.join(5)
-        return f"the process died with exit code {self.process.exitcode}"
+        return f"the process {ending(self.process.exitcode)}"
 
     def silent(self, limit: float) -> str:
         """Why a worker is lost that does not answer in time."""
@@ -172,16 +178,20 @@ class Pool:
     """`settings.workers` processes that share one list of units, heavy ones first.
 
     results: by index of the unit, and failures: made small; both hold what was found so far if a run ends early.
+    endings: what was wrong with how ports behind the wire ended, known when the pool is closed.
+    wire: the backend is such a port. Its client watches the time of every answer, so that a case has no limit.
     """
 
-    def __init__(self, target: str, plan: Plan, settings: Settings):
+    def __init__(self, target: str, plan: Plan, settings: Settings, *, wire: bool = False):
         self.target, self.plan, self.settings = target, plan, settings
         self.results: dict[int, UnitResult] = {}
         self.failures: list[Failure] = []
-        self.stop_seconds = STOP_SECONDS
+        self.endings: list[str] = []
+        self.stop_seconds = STOP_SECONDS + (backends.stop_seconds() if wire else 0.0)
         self.workers = [self._start() for _ in range(settings.workers)]
         self.losses = 0
-        self.limit = settings.timeout
+        self.limit = math.inf if wire else settings.timeout or CASE_SECONDS
+        self.start_limit = START_LIMIT + (settings.timeout or 0.0)
 
     def __enter__(self) -> Pool:
         return self
@@ -194,12 +204,20 @@ class Pool:
         try:
             for worker in self.workers:
                 worker.process.join(max(0.0, end - time.monotonic()))
+                self._ending(worker.pipe)
         finally:  # also where a second Ctrl-C cuts the waiting short
             for worker in self.workers:
                 worker.kill()
 
+    def _ending(self, pipe: Connection) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while pipe.poll():
+                kind, answer = pipe.recv()
+                if kind == "closed" and answer:
+                    self.endings.append(answer)
+
     def _start(self) -> Worker:
-        return Worker(serve, self.target, self.plan, self.settings.select)
+        return Worker(serve, self.target, self.plan, self.settings.select, self.settings.timeout)
 
     def run(self, units: Sequence[Unit], progress: Progress | None = None) -> None:
         """Fill `results`; units left out after too many lost workers have none."""
@@ -239,7 +257,7 @@ class Pool:
                     worker.queue.extend(chunk)
                     worker.since = time.monotonic()
                     worker.pipe.send((what, chunk))
-                limit = self.limit if worker.ready else START_LIMIT
+                limit = self.limit if worker.ready else self.start_limit
                 if (worker.queue or not worker.ready) and time.monotonic() - worker.since > limit:
                     self.limit = max(self.limit / 2, min(HURRIED, self.limit))
                     self._replace(i, worker.silent(limit), chunks, take, lost)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from rattention.conformance import tensorfile
 from rattention.conformance.case import from_json
 from rattention.conformance.mutants.port import Port
@@ -18,8 +21,11 @@ def serve(how: str = "") -> None:
     port, count = Port(), 0
     for line in sys.stdin:
         request = json.loads(line)
-        if request["cmd"] == "stop":
+        if request["cmd"] == "stop" and how != "deaf":
+            _stop(how)
             return
+        if request["cmd"] == "stop":
+            continue
         if request["cmd"] == "start":
             _say({"reply": "describe", "protocol": 1, "describe": port.describe()})
             continue
@@ -30,12 +36,22 @@ def serve(how: str = "") -> None:
             sys.stdout.write("Segmentation fault (core dumped)\n")
             sys.stdout.flush()
             os._exit(0)
+        if how == "hang" and count % 3 == 0:
+            continue
         reply = _run(port, request, how)
         if how == "chatter":
             sys.stdout.write(f"step {count} done\n")
-        _say(reply)
+            sys.stdout.flush()
+        _say(reply, how)
         if how == "twice":
             _say(reply)
+
+
+def _stop(how: str) -> None:
+    if how == "farewell":
+        sys.stdout.write("bye\n")
+    if how == "status":
+        sys.exit(1)
 
 
 def _run(port: Port, request: dict[str, Any], how: str) -> dict[str, Any]:
@@ -49,11 +65,33 @@ def _run(port: Port, request: dict[str, Any], how: str) -> dict[str, Any]:
         return {"reply": "error", **identity, "message": str(error)}
     if how == "names":
         outputs = {f"output{i}": x for i, x in enumerate(outputs.values())}
-    if how != "nothing":
+    if how == "padding":
+        data = tensorfile.dump(outputs)
+        tensorfile.write_bytes(request["outputs"], data + b"\0" * (64 - len(data) % 64))
+    elif how == "holes":
+        tensorfile.write_bytes(request["outputs"], _with_holes(outputs))
+    elif how != "nothing":
         tensorfile.write(request["outputs"], outputs)
-    return {"reply": "result", **identity, "metadata": {"path": "eager", "kernels": []}}
+    seconds = {"seconds": float("nan")} if how == "nan" else {}
+    return {"reply": "result", **identity, "metadata": {"path": "eager", "kernels": [], **seconds}}
 
 
-def _say(reply: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(reply) + "\n")
-    sys.stdout.flush()
+def _with_holes(outputs: Mapping[str, np.ndarray]) -> bytes:
+    header, data = {}, b""
+    for name, x in outputs.items():
+        begin = -(-len(data) // 64) * 64
+        data = data.ljust(begin, b"\0") + x.tobytes()
+        code = tensorfile.NAMES[x.dtype]
+        header[name] = {"dtype": code, "shape": list(x.shape), "data_offsets": [begin, len(data)]}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def _say(reply: dict[str, Any], how: str = "") -> None:
+    line = json.dumps(reply).encode()
+    if how == "keys" and "id" in reply:
+        line = line.replace(b'{"reply"', b'{"id": 0, "reply"')
+    if how == "latin":
+        line = line.replace(b"}", ', "by": "Ren\u00e9"}'.encode("latin-1"), 1)
+    sys.stdout.buffer.write(line + (b"" if how == "newline" else b"\n"))
+    sys.stdout.buffer.flush()

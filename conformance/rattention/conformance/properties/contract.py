@@ -198,6 +198,8 @@ def check_odd(ctx: Context, case: Case) -> list[Violation]:
     """NumPy scalars as attributes, absent defaults, windows and positions far out, None for an absent tensor."""
     tensors: dict[str, Any] = dict(case.tensors)
     attrs = dict(case.attrs)
+    if case.params["kind"] not in ODD:
+        raise ValueError(f"kind {case.params['kind']!r}, expected one of {', '.join(ODD)}")
     if case.params["kind"] == "numpy attributes":
         types: dict[type, Any] = {int: np.int64, float: np.float64}
         attrs = {name: types.get(type(x), lambda y: y)(x) for name, x in attrs.items()}

@@ -105,6 +105,8 @@ def _state(case: Case, folded: int) -> tuple[np.ndarray, np.ndarray]:
     """The state of the first `folded` tokens, summed in float64, and what float32 sums of honest operands may miss."""
     k = case.tensors["k"][:, : max(folded, 0)].astype(np.float64)
     v = case.tensors["v"][:, : max(folded, 0)].astype(np.float64)
+    if case.params["kind"] not in ("integers", "values"):
+        raise ValueError(f"kind {case.params['kind']!r}, expected integers or values")
     if case.params["kind"] == "integers":
         state = np.einsum("btkf,btkd->bkfd", k, v)
         return state, np.zeros_like(state)

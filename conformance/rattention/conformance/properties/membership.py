@@ -349,6 +349,8 @@ def check_vjp(ctx: Context, case: Case) -> list[Violation]:
     if W:
         d_v = np.concatenate([got["d_cache_v"].astype(np.float64), d_v], 1)
     if "branch" in case.params:
+        if case.params["branch"] not in ("softmax", "linear"):
+            raise ValueError(f"branch {case.params['branch']!r}, expected softmax or linear")
         sets = who.softmax if case.params["branch"] == "softmax" else who.linear
         expected = sets[np.arange(B), np.array(case.params["marks"], int)][:, :, None]
         some = (np.abs(d_v) > 0).any(-1) | np.isnan(d_v).any(-1)

@@ -49,6 +49,8 @@ LAYOUTS = ("swapped", "reversed", "ones reversed", "sliced", "read-only", "fortr
 
 def relaid(x: np.ndarray, layout: str) -> np.ndarray:
     """The same values in another memory layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
     if layout == "swapped" and x.ndim >= 2:
         return np.ascontiguousarray(x.swapaxes(-2, -1)).swapaxes(-2, -1) if x.ndim < 4 else _heads_first(x)
     if layout == "reversed" and x.ndim:

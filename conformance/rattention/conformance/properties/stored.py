@@ -16,7 +16,8 @@ from rattention.conformance.strategies import Plan, Recipe
 
 
 def _draw(plan: Plan) -> Iterator[Recipe]:
-    for file in (file for path in plan.vectors for file in vectors.list_set(path)):
+    files = (file for path in plan.vectors for file in vectors.list_set(path))
+    for file in {file.resolve(): file for file in files}.values():  # one that is named twice is one case
         case = vectors.load_valid(file)
         # T weighs the unit for the workers; everything else is in the file.
         T = case.tensors["q"].shape[1] if "q" in case.tensors else 1

@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-STYLE = {"pass": "green", "CRASH": "bold white on red", "FAIL": "bold red", "unsupported": "yellow", "untested": "dim"}
+STYLE = {
+    "pass": "green",
+    "CRASH": "bold white on red",
+    "FAIL": "bold red",
+    "unsupported": "yellow",
+    "runner": "dim",
+    "untested": "dim",
+}
 SHORT = {"unsupported": "-", "untested": "."}
 """How the matrix over several backends spells what takes too much room in a terminal of 80 columns."""
 WIDE = 100
@@ -41,6 +48,9 @@ def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, 
     untested = [label for label, e in report["clauses"].items() if e["status"] == "untested"]
     if untested and not report["select"]:
         console.print(f"[dim]untested clauses: {', '.join(untested)}[/]")
+    kept = [label for label, e in report["clauses"].items() if e["status"] == "runner"]
+    if kept and not report["select"]:
+        console.print(f"[dim]clauses that the runner keeps for a port behind the wire: {', '.join(kept)}[/]")
     console.print(_budget(report))
     for reason, count in list(report["unsupported"].items())[:6]:
         console.print(f"[yellow]unsupported[/] ({count} cases): {escape(reason)}")
@@ -67,7 +77,12 @@ def counts(report: dict[str, Any]) -> str:
     """How many cases ended how."""
     c = report["cases"]
     crashed = f" ({c['crashed']} crashed)" if c["crashed"] else ""
-    return f"{c['passed']} passed, {c['failed']} failed{crashed}, {c['unsupported']} unsupported"
+    return f"{c['passed']} passed, {c['failed']} failed{crashed}, {c['unsupported']} unsupported{by_runner(c)}"
+
+
+def by_runner(cases: Mapping[str, int]) -> str:
+    """The count of the cases that say nothing about a port behind the wire; "" where there are none."""
+    return f", {cases['runner']} decided by the runner" if cases["runner"] else ""
 
 
 def print_matrices(console: Console, reports: list[dict[str, Any]]) -> None:

@@ -23,6 +23,8 @@ TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 
 REPORT = ("report.json", "junit.xml", "report.html")
 CASES = "cases"
+SKIPPED = ("unsupported", "runner")
+"""What junit.xml calls skipped: cases that say nothing for or against the backend."""
 
 
 def folder_names(backends: Iterable[str]) -> dict[str, str]:
@@ -85,7 +87,7 @@ def _merge_clauses(reports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for label, text in load().judged.items():
         statuses = {r["backend"]: r["clauses"][label]["status"] for r in reports}
         values = set(statuses.values())
-        status = "FAIL" if "FAIL" in values else "pass" if "pass" in values else "untested"
+        status = next((s for s in ("FAIL", "pass", "runner") if s in values), "untested")
         table[label] = {"text": text, "status": status, "backends": statuses}
     return table
 
@@ -133,7 +135,7 @@ def junit(outcome: Outcome, report: dict[str, Any]) -> bytes:
     for name, cells in grouped.items():
         bad = {cell: _violations(outcome, name, cell, results) for cell, results in cells.items()}
         crashes = sum(any(v.crash for v in found) for found in bad.values())
-        skipped = sum(all(r.status == "unsupported" for r in rs) for rs in cells.values())
+        skipped = sum(all(r.status in SKIPPED for r in rs) for rs in cells.values())
         suite = ET.SubElement(
             root,
             "testsuite",
@@ -153,7 +155,7 @@ def junit(outcome: Outcome, report: dict[str, Any]) -> bytes:
                 found.sort(key=lambda v: not v.crash)
                 element = ET.SubElement(case, kind, message=_xml(found[0].message), type=",".join(found[0].clauses))
                 element.text = _xml("\n".join(f"{v.message}\n{v.trace}".strip() for v in found[:20]))
-            elif all(r.status == "unsupported" for r in results):
+            elif all(r.status in SKIPPED for r in results):
                 ET.SubElement(case, "skipped", message=_xml(results[0].reason))
     if report["stopped"]:
         suite = ET.SubElement(root, "testsuite", name="run", tests="1", failures="0", skipped="0", errors="1")

@@ -45,11 +45,12 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "describe": _plain(dict(outcome.describe)),
         "seconds": round(outcome.seconds, 2),
         "cases": {
-            "total": sum(counts[s] for s in ("pass", "fail", "unsupported")),
+            "total": sum(counts[s] for s in ("pass", "fail", "unsupported", "runner")),
             "passed": counts["pass"],
             "failed": counts["fail"],
             "crashed": sum(r.crashed for r in outcome.results),
             "unsupported": counts["unsupported"],
+            "runner": counts["runner"],
             "left_out": outcome.left_out,
             "calls": sum(r.calls for r in outcome.results),
         },
@@ -58,6 +59,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "budget": budget(outcome),
         "properties": properties(outcome),
         "unsupported": dict(Counter(r.reason for r in outcome.results if r.status == "unsupported")),
+        "runner": dict(Counter(r.reason for r in outcome.results if r.status == "runner")),
         "failures": [failure_json(f) for f in outcome.failures],
     }
 
@@ -108,8 +110,9 @@ def _listed(value: Any) -> tuple[Any, ...]:
 
 
 def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
-    """Label to text, status (pass, FAIL, untested), and how often it was checked and broken.
+    """Label to text, status (pass, FAIL, runner, untested), and how often it was checked and broken.
 
+    runner: a clause that the runner keeps for a port behind the wire, which the run says nothing about.
     `weight` ranks the failing ones: a violation that names one clause weighs more than one that lists suspects.
     """
     checked: Counter[str] = Counter()
@@ -127,7 +130,8 @@ def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
             weight[label] += 1.0 / ((1 + rank) * len(violation.clauses))
     table = {}
     for label, text in load().judged.items():
-        status = "FAIL" if broken[label] else "pass" if checked[label] else "untested"
+        idle = "runner" if label in outcome.held else "untested"
+        status = "FAIL" if broken[label] else "pass" if checked[label] else idle
         table[label] = {
             "text": text,
             "status": status,
@@ -168,6 +172,7 @@ def properties(outcome: Outcome) -> dict[str, dict[str, Any]]:
             "passed": counts["pass"],
             "failed": counts["fail"],
             "unsupported": counts["unsupported"],
+            "runner": counts["runner"],
             "seconds": round(sum(r.seconds for r in results), 2),
         }
     return table

@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rattention.conformance import jsontext, tensorfile
 from rattention.conformance.backends import CannotRun
 from rattention.conformance.case import to_json
 from rattention.conformance.context import PortFailure
+from rattention.conformance.told import ending
 from rattention.conformance.wire import schema
 from rattention.conformance.wire.process import Process
 from rattention.spec import Result, SpecError, Unsupported, load, validate
@@ -23,12 +23,18 @@ from rattention.spec import Result, SpecError, Unsupported, load, validate
 PROTOCOL = 1
 START_SECONDS = 60.0
 RUN_SECONDS = 120.0
-STOP_SECONDS = 5.0
+STOP_SECONDS = 10.0
 RESTARTS = 200
 """Restarts after which the port is given up: by then every case fails and nothing is learned."""
 HANGS = 12
 """Hangs after which it is given up; each halves the time that the next answer may take, down to HURRIED seconds."""
 HURRIED = 5.0
+SHOWN = 200
+"""Characters of a wrong answer that a message repeats."""
+UNSEEN = ("ERR-13", "NUM-7")
+"""Clauses about the memory of the caller: tensors reach a port in files, which the runner writes anew for each call."""
+REFUSALS = (*(c for c in load().judged if c.startswith("ERR-") and c not in ("ERR-12", "ERR-13")), "BCK-5")
+"""Clauses about invalid calls."""
 
 
 class Port:
@@ -40,10 +46,11 @@ class Port:
 
     clauses = ("WIRE-1", "WIRE-2", "WIRE-3")
     """What every call through the wire exercises."""
+    stop_seconds = STOP_SECONDS
 
     def __init__(self, command: list[str], *, run_seconds: float = RUN_SECONDS, start_seconds: float = START_SECONDS):
         self.command, self.run_seconds, self.start_seconds = command, run_seconds, start_seconds
-        self.folder = Path(tempfile.mkdtemp(prefix="rattention-wire-"))
+        self.folder: Path | None = None
         self.process: Process | None = None
         self.about: dict[str, Any] | None = None
         self.requests = self.starts = self.hangs = 0
@@ -75,13 +82,13 @@ class Port:
         given = {name: np.asarray(x) for name, x in tensors.items() if x is not None}
         if not about.get("validates"):
             validate(op, given, attrs)
-            if op not in about["operations"]:
-                raise Unsupported(f"operation {op} is not declared")
         if self.process is None:
             if self.starts > RESTARTS or self.hangs > HANGS:
                 raise PortFailure(f"given up: the port hung {self.hangs} times and was started {self.starts} times")
             self._start()
         self.requests += 1
+        if self.folder is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="rattention-wire-"))
         place = self.folder / str(self.requests)
         place.mkdir()
         try:
@@ -89,25 +96,52 @@ class Port:
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
-    def close(self) -> None:
-        """Ask the port to stop, and make sure that it has."""
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Clauses that the runner keeps in the place of this port, which it cannot break."""
+        validates = self.about is not None and self.about.get("validates")
+        return UNSEEN if validates else (*UNSEEN, *REFUSALS)
+
+    def stop(self) -> str:
+        """Send `stop`, and make sure that the process ends; what is wrong with how it did (WIRE-4), or "".
+
+        The next call starts a new process.
+        """
         process, self.process = self.process, None
-        if process is not None:
-            with contextlib.suppress(OSError, ValueError):
-                process.send(json.dumps({"cmd": "stop"}))
-            end = time.monotonic() + STOP_SECONDS
-            while process.child.poll() is None and time.monotonic() < end:
-                time.sleep(0.01)
-            process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder = Path(tempfile.gettempdir()) / "rattention-wire-closed"
+        if process is None:
+            return ""
+        with contextlib.suppress(OSError, ValueError):
+            process.send(json.dumps({"cmd": "stop"}))
+        status = process.wait(self.stop_seconds)
+        said = self._said(process)
+        if status is None:
+            fault = f"the port ignores `stop`: {self.stop_seconds:g} s later its process was still there"
+        elif status != 0:
+            fault = f"at `stop` the port {ending(status)}, expected exit status 0"
+        elif written := process.written():
+            fault = f"the port answers `stop`, which has no reply: {_shown(written)}"
+        else:
+            fault = said = ""
+        process.kill()
+        return fault + said
+
+    def close(self) -> str:
+        """`stop`, and remove the folder of the tensor files too."""
+        fault = self.stop()
+        self._clear()
+        return fault
 
     def abandon(self) -> None:
-        """End the port at once, perhaps in the middle of a call, and leave nothing behind."""
+        """End the process at once, and remove the folder."""
         process, self.process = self.process, None
         if process is not None:
             process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._clear()
+
+    def _clear(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
 
     # ------------------------------------------------------------------------------------------ the conversation
 
@@ -145,13 +179,13 @@ class Port:
             fields = reply.get("spec_error")
             if fields:
                 raise SpecError(**{k: fields[k] for k in ("operation", "argument", "expected", "got", "clause")})
-            raise PortFailure(f"the port reports an error: {reply['message']}{self._said()}")
+            raise PortFailure(f"the port reports an error: {reply['message']}{self._said(self.process)}", "BCK-3")
         try:
             if target.exists() and not target.is_file():  # a pipe or a device might be read for ever
                 raise ValueError("out.safetensors is no regular file")
             outputs, _ = tensorfile.read(target)
         except (OSError, ValueError) as error:
-            raise PortFailure(f"no usable output file: {error}{self._said()}", "WIRE-2") from None
+            raise PortFailure(f"no usable output file: {error}{self._said(self.process)}", "WIRE-2") from None
         result = Result(outputs)
         result.metadata.update(reply.get("metadata", {}))  # whatever the port calls it: "outputs", say
         return result
@@ -160,45 +194,55 @@ class Port:
         """Send one line and read one, which must be a reply of one of `kinds`."""
         process = self.process
         assert process is not None
-        stray = 0
-        while not process.lines.empty() and process.lines.get() is not None:
-            stray += 1
+        stray: list[bytes] = []
+        while not process.lines.empty() and (line := process.lines.get()) is not None:
+            stray.append(line)
         try:
             process.send(json.dumps(request, allow_nan=False))
             line = process.receive(seconds)
         except TimeoutError:
             self.hangs += 1
             self.run_seconds = max(self.run_seconds / 2, min(HURRIED, self.run_seconds))
-            self._fail(f"the port hangs: no answer within {seconds:.0f} s", "WIRE-3")
+            came = f"what came has no newline at its end: {_shown(process.rest)}" if process.rest else "nothing came"
+            clause = "WIRE-1" if process.rest else "WIRE-3"
+            self._fail(f"the port hangs: no answer to {request['cmd']!r} within {seconds:g} s; {came}", clause)
         except OSError:
             line = None
         if line is None:
-            said = self._said()
-            status = process.kill()
+            said = self._said(process)
+            rest = process.written()
+            came = f"; its last words have no newline at their end: {_shown(rest)}" if rest else ""
             self.process = None
-            raise PortFailure(f"the port ended with exit status {status}{said}")
+            raise PortFailure(f"the port {ending(process.kill())}{came}{said}")
         if stray:
-            self._fail(f"the port wrote {stray} lines that nobody asked for")
+            lines = "a line" if len(stray) == 1 else f"{len(stray)} lines"
+            self._fail(f"the port wrote {lines} that nobody asked for: {_shown(stray[0])}")
         try:
             # As strict as the readers of other languages: a port of theirs may not rest on what Python's lets pass.
-            reply = jsontext.parse(line)
+            reply = jsontext.parse(line.decode("utf-8"))
         except ValueError as error:
-            self._fail(f"the port answered what is no JSON ({str(error)[:120]}): {line[:120]!r}")
+            self._fail(f"the port answered what is no JSON ({str(error)[:120]}): {_shown(line)}")
         wrong = schema.fault("reply", reply)
         if wrong:
-            self._fail(f"the port's answer breaks the schema: {wrong}; it was {line[:200].strip()!r}")
+            self._fail(f"the port's answer breaks the schema: {wrong}; it was {_shown(line)}")
         if reply["reply"] not in kinds:
             self._fail(f"the port answered {reply['reply']!r} to {request['cmd']!r}")
         return reply
 
     def _fail(self, text: str, clause: str = "WIRE-1") -> Any:
         """Give up the process, so that the next call starts a new one."""
-        said = self._said()
+        said = self._said(self.process)
         if self.process is not None:
             self.process.kill()
             self.process = None
         raise PortFailure(text + said, clause)
 
-    def _said(self) -> str:
-        text = self.process.stderr() if self.process is not None else ""
+    def _said(self, process: Process | None) -> str:
+        text = process.stderr() if process is not None else ""
         return f"; stderr: {text[-600:]}" if text.strip() else ""
+
+
+def _shown(raw: bytes) -> str:
+    """The beginning of what a port wrote."""
+    text = raw.decode("utf-8", "backslashreplace")
+    return repr(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
