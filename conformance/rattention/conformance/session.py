@@ -64,6 +64,13 @@ class Failure:
     note: str = ""
 
 
+def place_of(case: Case) -> tuple[str, str]:
+    """Operation and storage dtype that reports file a case under; what a backend says of itself belongs to no one."""
+    if case.params.get("what") == "describe":
+        return "describe()", "any"
+    return case.op, storage_of(case) if case.op in load().operations else "any"
+
+
 class Session:
     """Runs units against one backend. Not shared between processes: each worker has its own."""
 
@@ -88,9 +95,7 @@ class Session:
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
         if case is None or not self.selected(prop, case):
             return result
-        result.op, result.dtype = case.op, storage_of(case)
-        if case.op not in load().operations:
-            result.dtype = "any"
+        result.op, result.dtype = place_of(case)
         calls = self.ctx.calls
         self.ctx.held = set()
         result.always = not self.named(prop, case)
@@ -162,12 +167,13 @@ class Session:
         violations = violations or before
         diagnose(self.ctx, case, recipe, violations, before)
         self._answer(case, violations)
+        op, dtype = place_of(case)
         return Failure(
             unit.index,
             unit.property_name,
-            case.op,
-            storage_of(case) if case.op in load().operations else "any",
-            recipe.describe(),
+            op,
+            dtype,
+            recipe.describe() if op == case.op else op,
             violations,
             vectors.case_bytes(case),
             case.note,
