@@ -96,11 +96,16 @@ def test_a_limit_of_time_is_kept(command, files):
     assert "within 1.5 s" in out
 
 
-def test_a_limit_that_nothing_could_keep_is_refused(files):
+def test_a_backend_in_python_has_a_limit_too(files, tmp_path):
+    slow = tmp_path / "slow.py"
+    slow.write_text(
+        "import time\nfrom rattention.numpy import adapter\n"
+        "class Slow(type(adapter.backend)):\n    def run(self, *call):\n        time.sleep(60)\nbackend = Slow()\n"
+    )
     for arguments in (("replay", files[0]), ("vectors", "check", files[0])):
-        code, _, err = call(*arguments, "numpy", "--timeout", "5")
-        assert code == 2
-        assert "--timeout: numpy runs in this process" in err
+        code, out, _ = call(*arguments, f"{slow}:backend", "--timeout", "1.5")
+        assert code == 1
+        assert "no answer within 1.5 s" in out
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e999", "two", ""])

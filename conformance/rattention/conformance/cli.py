@@ -72,16 +72,11 @@ def _seconds(text: str) -> float:
     return found
 
 
-PORT_TIMEOUT_HELP = "limit for one answer of a port behind exec:; default: 120, and 60 to start"
-PortTimeoutOption = Annotated[float | None, typer.Option(help=PORT_TIMEOUT_HELP, parser=_seconds, metavar="<seconds>")]
-TimeoutOption = Annotated[
-    float | None,
-    typer.Option(
-        help=f"{PORT_TIMEOUT_HELP}. Of another backend: for one case; default: 300",
-        parser=_seconds,
-        metavar="<seconds>",
-    ),
-]
+TIMEOUT_HELP = (
+    "limit for one answer of a port behind exec: (default 120, and 60 to start), or for one case of another backend "
+    "(default 300 in conform, none elsewhere)"
+)
+TimeoutOption = Annotated[float | None, typer.Option(help=TIMEOUT_HELP, parser=_seconds, metavar="<seconds>")]
 
 
 def _version(wanted: bool) -> None:
@@ -323,7 +318,7 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
 def replay(
     case: Annotated[Path, typer.Argument(help="a case file")],
     backend: Backend,
-    timeout: PortTimeoutOption = None,
+    timeout: TimeoutOption = None,
 ) -> None:
     """Run one case again, exactly as it was."""
     from rattention.conformance.replay import replay as again
@@ -406,7 +401,7 @@ def vectors_check(
             help=f"a set, a manifest or one case (default: the stored vectors of this package), and {BACKEND_HELP}",
         ),
     ],
-    timeout: PortTimeoutOption = None,
+    timeout: TimeoutOption = None,
 ) -> None:
     """Run every case of a set."""
     from rattention.conformance.replay import check_set
