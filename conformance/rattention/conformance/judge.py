@@ -18,7 +18,9 @@ class Violation:
 
     clauses: labels, the likeliest first. kind: value, nan, structure, refusal, crash, mutation or law. output: the
     tensor concerned. index, got, expected, budget: the first wrong element. share: the largest error in units of the
-    budget. wrong: fraction of elements that are wrong. heat: largest share over (t, d), coarsened.
+    budget. wrong: fraction of elements that are wrong. heat: largest share over (t, d), coarsened. guess: what the fault
+    looks like. named: how many of the leading clauses there is evidence for; the others are suspects. relative: the
+    largest error in units of the largest expected value.
     """
 
     clauses: tuple[str, ...]
@@ -33,6 +35,8 @@ class Violation:
     wrong: float | None = None
     heat: list[list[float]] = field(default_factory=list)
     guess: str = ""
+    named: int = 0
+    relative: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -121,9 +125,17 @@ def compare_one(
             worst,
             float(bad.mean()),
             heat(share),
+            relative=_relative(x, y),
         ),
         worst,
     )
+
+
+def _relative(x: np.ndarray, y: np.ndarray) -> float:
+    """The largest error in units of the largest expected value; infinite where either is no number."""
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return float("inf")
+    return float(np.abs(x - y).max(initial=0.0) / max(float(np.abs(y).max(initial=0.0)), np.finfo(np.float32).tiny))
 
 
 def heat(share: np.ndarray) -> list[list[float]]:

@@ -17,6 +17,7 @@ from rattention.conformance.oracle import Oracle
 from rattention.conformance.properties import REGISTRY, Property, make_case
 from rattention.conformance.shrink import shrink
 from rattention.conformance.strategies import Plan, Recipe
+from rattention.conformance.suspects import suspects
 from rattention.spec import load
 
 
@@ -31,7 +32,10 @@ class Unit:
 
 @dataclass
 class UnitResult:
-    """What became of a unit. status: pass, fail, unsupported or skip."""
+    """What became of a unit. status: pass, fail, unsupported or skip.
+
+    suspects: the clauses that could have made its wrong outputs wrong; of a case that passed, any output.
+    """
 
     index: int
     property_name: str
@@ -44,11 +48,15 @@ class UnitResult:
     seconds: float = 0.0
     calls: int = 0
     shares: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    suspects: frozenset[str] = frozenset()
 
 
 @dataclass
 class Failure:
-    """A failure made small: the case file's bytes, the recipe it came from and what is wrong."""
+    """A failure made small: the case file's bytes, the recipe it came from and what is wrong.
+
+    suspects: for each violation the clauses that could have made its output wrong.
+    """
 
     index: int
     property_name: str
@@ -58,6 +66,7 @@ class Failure:
     violations: list[Violation]
     case: bytes
     note: str = ""
+    suspects: tuple[frozenset[str], ...] = ()
 
 
 class Session:
@@ -90,6 +99,7 @@ class Session:
             result.dtype = "any"
         calls = self.ctx.calls
         result.violations, result.reason = self.verdict(prop, case)
+        result.suspects = frozenset().union(*_suspects(case, result.violations))
         result.status = "fail" if result.violations else "unsupported" if result.reason else "pass"
         result.calls = self.ctx.calls - calls
         result.shares, self.ctx.shares = self.ctx.shares, {}
@@ -143,7 +153,7 @@ class Session:
         case = self._legal(prop, recipe) or original
         violations, _ = self.verdict(prop, case)
         violations = violations or before
-        diagnose(self.ctx, case, recipe, violations, before)
+        diagnose(self.ctx, case, recipe, violations, original)
         self._answer(case, violations)
         return Failure(
             unit.index,
@@ -154,6 +164,7 @@ class Session:
             violations,
             vectors.case_bytes(case),
             case.note,
+            _suspects(case, violations),
         )
 
     def _legal(self, prop: Property, recipe: Recipe) -> Case | None:
@@ -173,3 +184,13 @@ class Session:
         except (ValueError, KeyError, IndexError):
             return
         case.answer(bounds)
+
+
+def _suspects(case: Case, violations: list[Violation]) -> tuple[frozenset[str], ...]:
+    """Of each violation the clauses that its output stands under; of a case without any, those of the whole call.
+
+    Contract cases are bad calls or none at all: what they break is named by the violation itself.
+    """
+    if not case.tensors or "entry" in case.params:
+        return tuple(frozenset(v.clauses) for v in violations)
+    return tuple(suspects(case, v.output) for v in violations) or (suspects(case, ""),)

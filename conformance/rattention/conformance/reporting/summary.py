@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rattention.conformance.properties import REGISTRY
+from rattention.conformance.reporting.ranking import likelihoods, ranked
 from rattention.conformance.runner import Outcome
 from rattention.conformance.session import Failure
 from rattention.spec import load
@@ -99,7 +100,7 @@ def _listed(value: Any) -> tuple[Any, ...]:
 def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
     """Label to text, status (pass, FAIL, untested), and how often it was checked and broken.
 
-    `weight` ranks the failing ones: a violation that names one clause weighs more than one that lists suspects.
+    `weight` says how likely it is that a fault breaks the clause (see ranking.py).
     """
     checked: Counter[str] = Counter()
     by: dict[str, set[str]] = defaultdict(set)
@@ -109,11 +110,9 @@ def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
             for label in r.clauses:
                 by[label].add(r.property_name)
     broken: Counter[str] = Counter()
-    weight: dict[str, float] = defaultdict(float)
     for violation in outcome.violations():
-        for rank, label in enumerate(dict.fromkeys(violation.clauses)):
-            broken[label] += 1
-            weight[label] += 1.0 / ((1 + rank) * len(violation.clauses))
+        broken.update(set(violation.clauses))
+    weight = likelihoods(outcome)
     table = {}
     for label, text in load().judged.items():
         status = "FAIL" if broken[label] else "pass" if checked[label] else "untested"
@@ -122,16 +121,16 @@ def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
             "status": status,
             "passed": checked[label],
             "violations": broken[label],
-            "weight": round(weight[label], 3),
+            "weight": round(weight.get(label, 0.0), 4),
             "properties": sorted(by[label]),
         }
     return table
 
 
 def failing(table: dict[str, dict[str, Any]]) -> list[str]:
-    """Failing clauses, the likeliest first; NUM-1 is last, because every wrong number breaks it."""
-    labels = [label for label, entry in table.items() if entry["status"] == "FAIL"]
-    return sorted(labels, key=lambda label: (label == "NUM-1", -table[label]["weight"]))
+    """Failing clauses, the likeliest first."""
+    weights = {label: entry["weight"] for label, entry in table.items()}
+    return ranked(weights, (label for label, entry in table.items() if entry["status"] == "FAIL"))
 
 
 def budget(outcome: Outcome) -> dict[str, dict[str, dict[str, float]]]:
