@@ -64,8 +64,10 @@ HELD_OUT = faults(
      "self.document = ids", "self.document = 1 + np.cumsum(ids == 0)"),
     ("padding-is-a-segment", "SEG-4 SEG-5", "Padding is a segment like others.",
      "self.live = ids != 0", "self.live = ids >= 0"),
-    ("first-segment-by-count", "SEG-6", "initial_state is read by as many tokens as the first segment has, from the left.",
-     "self.reads_state = self.live & (ids == first)", "self.reads_state = self.live & (np.arange(self.T) < (ids == first).sum())"),
+    ("first-segment-by-count", "SEG-6",
+     "initial_state is read by as many tokens as the first segment has, from the left.",
+     "self.reads_state = self.live & (ids == first)",
+     "self.reads_state = self.live & (np.arange(self.T) < (ids == first).sum())"),
     ("state-of-the-first-segment", "SEG-7", "final_state is that of the first segment.",
      "self.folds = self.live & (ids == last)", "self.folds = self.live & (ids == first)"),
     # ------------------------------------------------------------------------------------------ cache
@@ -86,11 +88,13 @@ HELD_OUT = faults(
      "dq, dk = rotate(dq, cos[self.W :], -sin[self.W :]), rotate", "dq, dk = dq, rotate"),
     ("norm-gradient-without-root", "GRAD-1 MIX-2", "The gradient of the norm is not divided by the norm.",
      "(dn - n * np.mean(dn * n, -1, keepdims=True)) / r", "dn - n * np.mean(dn * n, -1, keepdims=True)"),
-    ("gradient-of-near-for-far", "GRAD-2 GRAD-1", "The gradient of v in the linear branch reaches the tokens of the window.",
+    ("gradient-of-near-for-far", "GRAD-2 GRAD-1",
+     "The gradient of v in the linear branch reaches the tokens of the window.",
      'g["v"][:, kv] += a.T @ d', 'g["v"][:, kv] += (fq @ fk.T * self.near).T @ d'),
     ("state-cotangent-per-query-head", "GRAD-4 GRAD-3", "The cotangent of the state is added once per query head.",
      "if d_state is not None and h % self.G == 0:", "if d_state is not None:"),
-    ("state-gradient-from-all", "GRAD-4 GRAD-2", "The gradient of the carried state hears of queries that do not read it.",
+    ("state-gradient-from-all", "GRAD-4 GRAD-2",
+     "The gradient of the carried state hears of queries that do not read it.",
      'g["state"][kv] += np.where(reads, fq, 0).T @ d', 'g["state"][kv] += fq.T @ d'),
     # ------------------------------------------------------------------------------------------ numerics
     ("scores-in-float16", "NUM-2 NUM-3", "Scores pass through float16.",
@@ -104,7 +108,8 @@ HELD_OUT = faults(
     # ------------------------------------------------------------------------------------------ contract
     ("wide-inputs-narrowed", "ERR-4", "float64 tensors are narrowed to float32 and accepted.",
      "call = validate(op, tensors, attrs, host=integers)",
-     'call = validate(op, {n: x.astype("f4") if x.dtype == "f8" else x for n, x in given.items()}, attrs, host=integers)'),
+     'call = validate(op, {n: x.astype("f4") if x.dtype == "f8" else x for n, x in given.items()}, attrs, '
+     "host=integers)"),
     ("gradients-in-float32", "GRAD-6 BCK-2", "Gradients are returned in float32, whatever the dtype of their input.",
      ".astype(DTYPES[dtypes[name]])", '.astype(DTYPES["float32" if op[-4:] == ".vjp" else dtypes[name]])'),
 )  # fmt: skip

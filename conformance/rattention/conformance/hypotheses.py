@@ -65,6 +65,7 @@ def _attributes(case: Case, outputs: set[str]) -> Iterator[Hypothesis]:
             "there were no scale": 1.0,
             "the scale were 1/D": 1.0 / D,
             "the scale were sqrt(D)": D**0.5,
+            "the scale were 1/sqrt(Dv)": t["v"].shape[-1] ** -0.5,
             "the scale were the default": D**-0.5,
             "the scale were applied twice": scale**2,
             "the given scale multiplied the default": scale * D**-0.5,
@@ -201,7 +202,10 @@ def _heads(case: Case) -> Iterator[Hypothesis]:
     yield Hypothesis("head order: tiled over the kv heads, not grouped", clauses, t, dict(case.attrs), reorder)
     if "memory" in t and not case.is_vjp:
         memory = case.tensors["memory"]
-        for text, heads in (("of kv head h // G", np.arange(Hq) // G), ("of the first of its group", np.arange(Hq) // G * G)):
+        for text, heads in (
+            ("of kv head h // G", np.arange(Hq) // G),
+            ("of the first of its group", np.arange(Hq) // G * G),
+        ):
             yield _swap(case, f"as if query head h read the memory {text}", ("RLA-5",), memory=memory[heads])
 
 

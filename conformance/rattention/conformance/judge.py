@@ -18,9 +18,9 @@ class Violation:
 
     clauses: labels, the likeliest first. kind: value, nan, structure, refusal, crash, mutation or law. output: the
     tensor concerned. index, got, expected, budget: the first wrong element. share: the largest error in units of the
-    budget. wrong: fraction of elements that are wrong. heat: largest share over (t, d), coarsened. guess: what the fault
-    looks like. named: how many of the leading clauses there is evidence for; the others are suspects. relative: the
-    largest error in units of the largest expected value.
+    budget. wrong: fraction of elements that are wrong. heat: largest share over (t, d), coarsened. guess: what it looks
+    like. named: how many of the leading clauses there is evidence for; the others are suspects. relative: the largest
+    error in units of the largest expected value.
     """
 
     clauses: tuple[str, ...]

@@ -17,7 +17,7 @@ CALLS = {"forward is extension": "rattention_extend"}
 
 
 def parts(op: str) -> tuple[str, ...]:
-    """Every smaller operation that `op` rests on; a gradient rests on its forward, and on the gradients of the parts."""
+    """Every smaller operation that `op` rests on: a gradient rests on its forward and on the gradients of its parts."""
     base = op.removesuffix(".vjp")
     smaller = PARTS.get(base, ())
     return smaller if op == base else (base, *smaller, *(f"{part}.vjp" for part in smaller))

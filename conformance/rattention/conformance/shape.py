@@ -71,13 +71,20 @@ def _carried(case: Case, got: Mapping[str, np.ndarray], bounds: Bounds, name: st
     given = case.tensors.get("initial_state", case.tensors.get("cache_state"))
     value, limit = bounds[name]
     off = got[name].astype(np.float64) - value
-    if given is None or given.shape != off.shape or not np.isfinite(off).all() or not np.abs(given).max(initial=0.0) > 0:
+    if (
+        given is None
+        or given.shape != off.shape
+        or not np.isfinite(off).all()
+        or not np.abs(given).max(initial=0.0) > 0
+    ):
         return None
     state = given.astype(np.float64)
     factor = float((off * state).sum() / (state * state).sum())
     if (np.abs(off - factor * state) > limit * (1 + abs(factor)) + 1e-6 * np.abs(state)).any() or given.size < 4:
         return None
-    return f"as if {1 + factor:.3g} times the carried state were handed on", ("EXT-5",) if "cache_k" in case.tensors else ("RLA-6",)
+    return f"as if {1 + factor:.3g} times the carried state were handed on", (
+        "EXT-5",
+    ) if "cache_k" in case.tensors else ("RLA-6",)
 
 
 _FORMATS = {8: "bfloat16", 11: "float16 or TF32"}

@@ -1,8 +1,8 @@
 """Which clauses could have made an output of a call wrong: those whose conditions the call meets.
 
-A clause about segments cannot be broken by a call without segments, the order of heads cannot by a call with one
-key/value head, and `cache_length` cannot be wrong for the softmax's sake. This is finer than what a right answer tells
-of a clause (`features.exercised`): it is used to find the likeliest clause of a fault and never to count a clause as held.
+A call without segments cannot break a clause about segments, one with a single key/value head cannot mix up the order
+of heads, and `cache_length` does not depend on the softmax. This is finer than what a right answer tells of a clause
+(`features.exercised`): it serves to find the likeliest clause of a fault, and never counts a clause as held.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _forward(c: Call, output: str) -> dict[str, bool]:
 
 def _map(c: Call) -> dict[str, bool]:
     kind = c.a.get("feature_map", "softmax")
-    return {MAPS[kind]: True, "FM-4": c.half and kind == "softmax", "FM-5": kind == "softmax" and c.large}
+    return {MAPS[kind]: True, "FM-4": c.half and kind != "identity", "FM-5": kind == "softmax" and c.large}
 
 
 def _softmax(c: Call) -> dict[str, bool]:
@@ -186,8 +186,9 @@ def _state(c: Call) -> dict[str, bool]:
 
 def _extension(c: Call, output: str) -> dict[str, bool]:
     lengths, whole = "lengths" in c.t, c.window in (None, -1)
+    seen = bool((c.t["cache_length"] > 0).any())
     every = {
-        "out": {"EXT-1": True, "EXT-2": True, "EXT-8": "rope_cos" in c.t, "EXT-9": c.unused},
+        "out": {"EXT-1": seen, "EXT-2": not seen, "EXT-8": "rope_cos" in c.t, "EXT-9": c.unused},
         "cache_k": {"EXT-3": "rope_cos" in c.t, "EXT-4": True, "EXT-9": c.unused, "EXT-10": whole},
         "cache_v": {"EXT-4": True, "EXT-9": c.unused, "EXT-10": whole},
         "cache_state": {"EXT-5": True, "EXT-9": c.unused, "EXT-11": "memory" in c.t, "EXT-10": whole},

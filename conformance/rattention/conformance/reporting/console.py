@@ -22,18 +22,25 @@ SHOWN = 8
 """Failures printed in full; the others are in the report."""
 
 
+LISTED = 10
+"""Failing clauses with their text; the others by label alone."""
+LIKELY = 0.15
+"""How likely a clause must be to be listed with its text, in units of the likeliest."""
+
+
 def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, Path] | None = None) -> None:
     """Print one report. `cases`: where the case files of the failures are, by name; none where they are not."""
     console.print(_matrix(report))
     wrong = failing(report["clauses"])
     if wrong:
         table = Table(title="Failing clauses, the likeliest first", title_justify="left", show_header=False, box=None)
-        for label in wrong[:14]:
+        likely = _likely(report["clauses"], wrong)
+        for label in likely:
             entry = report["clauses"][label]
             table.add_row(f"[bold red]{label}[/]", escape(entry["text"]), f"[dim]{entry['violations']} violations[/]")
         console.print(table)
-        if len(wrong) > 14:
-            console.print(f"[dim]and {len(wrong) - 14} more: {', '.join(wrong[14:])}[/]")
+        if len(wrong) > len(likely):
+            console.print(f"[dim]not ruled out, and hardly it: {', '.join(wrong[len(likely) :])}[/]")
     untested = [label for label, e in report["clauses"].items() if e["status"] == "untested"]
     if untested and not report["select"]:
         console.print(f"[dim]untested clauses: {', '.join(untested)}[/]")
@@ -56,6 +63,12 @@ def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, 
         f"{verdict}  {escape(report['backend'])}  {c['passed']} passed, {c['failed']} failed, "
         f"{c['unsupported']} unsupported  profile {report['profile']}, seed {report['seed']}, {report['seconds']:.1f} s"
     )
+
+
+def _likely(table: dict[str, dict[str, Any]], wrong: list[str]) -> list[str]:
+    """The failing clauses that are worth a look, at least three of them."""
+    least = LIKELY * table[wrong[0]]["weight"]
+    return [label for n, label in enumerate(wrong[:LISTED]) if n < 3 or table[label]["weight"] >= least]
 
 
 def print_matrices(console: Console, reports: list[dict[str, Any]]) -> None:

@@ -28,10 +28,14 @@ FOLLOWS = 0.02
 """What a failure counts that a smaller operation's failure explains."""
 SUSPECT = 0.4
 """What a suspect counts, beside a clause that there is evidence for."""
-ROUNDING = 0.6
-"""What a suspect about roundings counts where no number is further off than one rounding makes it."""
+STRONG = 0.6
+"""What a suspect counts that the kind of error speaks for, such as a rounding where no number is further off."""
 EXACT = ("structure", "refusal", "crash", "mutation", "membership", "law", "hidden nan")
 """Kinds of violation that are no comparison of numbers within a budget: their clauses are what was checked."""
+
+
+STOPS = ("crash", "refusal")
+"""Kinds of violation that leave nothing to compare."""
 
 
 def likelihoods(outcome: Outcome) -> dict[str, float]:
@@ -61,10 +65,19 @@ def grouped(outcome: Outcome) -> list[tuple[str, list[dict[str, float]]]]:
     raw: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for failure in outcome.failures:
         small[failure.property_name, operation(failure)].append(blamed(failure.violations, failure.suspects))
+    stopped: dict[tuple[str, str], set[str]] = defaultdict(set)
     for r in outcome.results:
         if r.status == "fail":
-            raw[r.property_name, operation(r)].append(blamed(r.violations, [r.suspects] * len(r.violations)))
-    return [(key[1], small.get(key, mine)) for key, mine in raw.items()]
+            key = r.property_name, operation(r)
+            raw[key].append(blamed(r.violations, [r.suspects] * len(r.violations)))
+            if r.property_name not in ("agreement", "bad input") and any(v.kind in STOPS for v in r.violations):
+                stopped[key].update(r.clauses)
+    groups = []
+    for key, mine in raw.items():
+        # A call that gave no answer breaks what its property asks, whatever else it breaks.
+        asked = dict.fromkeys(stopped[key], STRONG)
+        groups.append((key[1], [asked | shares for shares in small.get(key, mine)]))
+    return groups
 
 
 def blamed(violations: Sequence[Violation], suspected: Sequence[frozenset[str]]) -> dict[str, float]:
@@ -87,7 +100,7 @@ def _of(violation: Violation, suspected: Iterable[str]) -> dict[str, float]:
         if label not in PRECISION:
             shares[label] = SUSPECT
         elif error <= ROUGH:
-            shares[label] = ROUNDING if error <= SLIGHT else SUSPECT
+            shares[label] = STRONG if error <= SLIGHT else SUSPECT
     for rank, label in enumerate(violation.clauses[: violation.named]):
         shares[label] = 1.0 / (1 + 0.25 * rank)
     return shares
@@ -127,3 +140,17 @@ def ranked(likely: dict[str, float], labels: Iterable[str]) -> list[str]:
     """`labels`, the likeliest first; equals in the order of the specification."""
     order = list(load().clauses)
     return sorted(labels, key=lambda label: (-round(likely.get(label, 0.0), 6), order.index(label)))
+
+
+def telling(outcome: Outcome) -> list[Failure]:
+    """The failures, those of the smallest failing operations first."""
+    smallest = roots(operation(r) for r in outcome.results if r.status == "fail")
+    return sorted(outcome.failures, key=lambda failure: operation(failure) not in smallest)
+
+
+def sorted_clauses(violation: Violation, likely: dict[str, float]) -> list[str]:
+    """The clauses of a violation: those with evidence as they come, then the suspects in the order of the whole run."""
+    if violation.kind in EXACT:
+        return list(violation.clauses)
+    named = violation.clauses[: violation.named]
+    return [*named, *ranked(likely, (label for label in violation.clauses if label not in named))]

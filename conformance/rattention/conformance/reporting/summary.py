@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rattention.conformance.properties import REGISTRY
-from rattention.conformance.reporting.ranking import likelihoods, ranked
+from rattention.conformance.reporting.ranking import likelihoods, ranked, sorted_clauses, telling
 from rattention.conformance.runner import Outcome
 from rattention.conformance.session import Failure
 from rattention.spec import load
@@ -31,6 +31,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     """The report as JSON-ready data. Stable keys: backend, conforming, clauses, cases, budget."""
     settings = outcome.settings
     counts = Counter(r.status for r in outcome.results)
+    table = clauses(outcome)
     return {
         "backend": outcome.backend,
         "conforming": outcome.conforming,
@@ -51,11 +52,11 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
             "calls": sum(r.calls for r in outcome.results),
         },
         "matrix": matrix(outcome),
-        "clauses": clauses(outcome),
+        "clauses": table,
         "budget": budget(outcome),
         "properties": properties(outcome),
         "unsupported": dict(Counter(r.reason for r in outcome.results if r.status == "unsupported")),
-        "failures": [failure_json(f) for f in outcome.failures],
+        "failures": [failure_json(f, weights(table)) for f in telling(outcome)],
     }
 
 
@@ -129,8 +130,12 @@ def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
 
 def failing(table: dict[str, dict[str, Any]]) -> list[str]:
     """Failing clauses, the likeliest first."""
-    weights = {label: entry["weight"] for label, entry in table.items()}
-    return ranked(weights, (label for label, entry in table.items() if entry["status"] == "FAIL"))
+    return ranked(weights(table), (label for label, entry in table.items() if entry["status"] == "FAIL"))
+
+
+def weights(table: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Label to how likely it is that the fault breaks it."""
+    return {label: entry["weight"] for label, entry in table.items()}
 
 
 def budget(outcome: Outcome) -> dict[str, dict[str, dict[str, float]]]:
@@ -161,15 +166,15 @@ def properties(outcome: Outcome) -> dict[str, dict[str, Any]]:
     return table
 
 
-def failure_json(failure: Failure) -> dict[str, Any]:
-    """One failure without its case bytes."""
+def failure_json(failure: Failure, likely: dict[str, float]) -> dict[str, Any]:
+    """One failure without its case bytes, its suspects in the order of the whole run."""
     return {
         "property": failure.property_name,
         "op": failure.op,
         "dtype": failure.dtype,
         "case": failure.recipe,
         "file": case_name(failure),
-        "violations": [_plain(v.to_json()) for v in failure.violations],
+        "violations": [_plain(v.to_json() | {"clauses": sorted_clauses(v, likely)}) for v in failure.violations],
     }
 
 
