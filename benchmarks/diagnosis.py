@@ -2,7 +2,7 @@
 
     python benchmarks/diagnosis.py [FAULT ...] [--profile smoke] [--seed 12] [--workers 2] [--keep]
 
-Faults of one line are planted in a plain port, one at a time (diagnosed/first.py, diagnosed/held_out.py). Each names
+Faults of one line are planted in a plain port, one at a time (the lists in diagnosed/). Each names
 the clause that a reader would say it breaks. The run counts in how many cases that clause heads the list of failing
 ones, and in how many it is among the first three. `--keep` leaves out the faults that the output file holds already.
 Named faults are shown with everything that a report would say of them, and nothing is written.
@@ -74,9 +74,10 @@ def main() -> int:
 def lists() -> dict[str, dict[str, Fault]]:
     """The lists by name, in the order of the table."""
     from diagnosed.first import FIRST
-    from diagnosed.held_out import HELD_OUT
+    from diagnosed.second import SECOND
+    from diagnosed.third import THIRD
 
-    return {"first": FIRST, "held out": HELD_OUT}
+    return {"first": FIRST, "second": SECOND, "third": THIRD}
 
 
 _ORACLE: dict[str, Oracle] = {}

@@ -1,7 +1,7 @@
 """RAttention in plain NumPy, float32 inside, one row of the batch and one head at a time.
 
-A port as a newcomer would write it from the documents, without a thought to speed. It conforms; `faults.py` and
-`held_out.py` change one line of it at a time. Run it with `rattention conform benchmarks/diagnosed/port.py:port`.
+A port as a newcomer would write it from the documents, without a thought to speed. It conforms; the
+lists beside it change one line of it at a time. Run it with `rattention conform benchmarks/diagnosed/port.py:port`.
 
 Keys are the W cached tokens followed by the T new ones, N in all; queries are the new ones.
 """

@@ -32,8 +32,8 @@ def diagnose(ctx: Context, case: Case, recipe: Recipe, violations: list[Violatio
     outputs = {v.output for v in wrong}
     found = explain(ctx, case, original, outputs) if outputs else None
     for v in wrong:
-        labels, guess = found[::-1] if found is not None else by_place(case, recipe, v)
-        v.guess = guess if found is not None else v.guess or guess
+        guess, labels = found or by_place(case, recipe, v)
+        v.guess = guess if found else v.guess or guess
         if case.is_vjp and labels:
             # Where the gradient of one parameter alone is wrong, what is said of that parameter comes first.
             own = (PARAMETERS[v.output],) if outputs == {v.output} and v.output in PARAMETERS else ()
@@ -116,7 +116,9 @@ class Answer:
             values = quadratic.run(self.case.op, h.tensors, h.attrs)
             for name in self.outputs:
                 x, limit = self.got[name].astype(np.float64), self.bounds[name][1]
-                value = values[name] if h.change is None else h.change(name, values[name])
+                value = values[name]
+                if h.change is not None and value.shape == limit.shape:
+                    value, _ = h.change(name, value, limit)
                 if value.shape != x.shape:
                     return False
                 size = 2.0**-6 if self.got[name].dtype.itemsize == 2 or storage_of(self.case) != "float32" else 2.0**-14
@@ -130,29 +132,29 @@ class Answer:
             return np.inf
         value, limit = bounds[name]
         if h.change is not None:
-            value, limit = h.change(name, value), h.change(name, limit)
+            value, limit = h.change(name, value, limit)
         return compare_one(name, self.got[name], value, limit, ())[1]
 
 
-def by_place(case: Case, recipe: Recipe, v: Violation) -> tuple[tuple[str, ...], str]:
-    """What the place of an error and the options that it needs say: clauses, where they say any, and a guess."""
+def by_place(case: Case, recipe: Recipe, v: Violation) -> Guess:
+    """What the place of an error and the options that it needs say: a guess, and clauses where they name any."""
     t = case.tensors
     if v.kind == "hidden nan":
-        return ("NUM-5",), "NaN hidden"
+        return "NaN hidden", ("NUM-5",)
     leak = "NaN leak" if v.kind == "nan" else ""
     if _at_inert(case, v):
         label = "GRAD-5" if case.is_vjp else "SEG-4" if "segment_ids" in t else "EXT-7"
-        return (label,), leak or "the output of an inert token"
+        return leak or "the output of an inert token", (label,)
     if recipe.has("poison"):
         labels = (("GRAD-5",) if case.is_vjp else ()) + (("SEG-5",) if "segment_ids" in t else ())
         labels += ("EXT-9", "EXT-7") if "lengths" in t else ("EXT-9",) if "cache_k" in t else ()
-        return labels, leak or "inert elements are read"
+        return leak or "inert elements are read", labels
     if leak:
-        return _finite(case, v), leak
+        return leak, _finite(case, v)
     grouped = "k" in t and t["q"].shape[2] > t["k"].shape[2] > 1
     packed = "segment_ids" in t
     guess = "segments" if packed else "head order" if grouped else "state" if v.output in STATES else ""
-    return (), guess or _precision(v)
+    return guess or _precision(v), ()
 
 
 def _finite(case: Case, v: Violation) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from rattention.conformance.case import Case
 from rattention.conformance.context import storage_of
 from rattention.conformance.suspects import STATES
 
-Change = Callable[[str, np.ndarray], np.ndarray]
-"""From an output's name and its value, or its budget, to what the fault makes of them."""
+Change = Callable[[str, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""From an output's name, its value and its budget to what the fault makes of value and budget."""
 WRONG = {"softmax": "FM-1", "relu": "FM-2", "identity": "FM-3"}
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
 
@@ -40,7 +40,7 @@ def hypotheses(case: Case, outputs: set[str]) -> Iterator[Hypothesis]:
     yield from _heads(case)
     yield from _tokens(case)
     yield from _operands(case)
-    yield from _answers(case, outputs)
+    yield from _answers(case)
 
 
 def _attr(case: Case, guess: str, clauses: tuple[str, ...], **changes: Any) -> Hypothesis:
@@ -194,10 +194,11 @@ def _heads(case: Case) -> Iterator[Hypothesis]:
     labels = {"sliding_window_attention": ("SWA-4",), "residual_linear_attention": ("RLA-8",)}
     clauses = labels.get(case.base_op, ("SWA-4", "RLA-8"))
 
-    def reorder(name: str, x: np.ndarray) -> np.ndarray:
+    def reorder(name: str, value: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if name in ("out", "d_q"):
-            return x[:, :, back]
-        return x[back] if name in ("d_memory", "d_swa_weight", "d_rla_weight") else x
+            return value[:, :, back], limit[:, :, back]
+        per_head = name in ("d_memory", "d_swa_weight", "d_rla_weight")
+        return (value[back], limit[back]) if per_head else (value, limit)
 
     yield Hypothesis("head order: tiled over the kv heads, not grouped", clauses, t, dict(case.attrs), reorder)
     if "memory" in t and not case.is_vjp:
@@ -237,14 +238,23 @@ def _operands(case: Case) -> Iterator[Hypothesis]:
                 yield _swap(case, f"precision: as if {what} were rounded to {text}", ("NUM-2",), **cut)
 
 
-def _answers(case: Case, outputs: set[str]) -> Iterator[Hypothesis]:
+def _answers(case: Case) -> Iterator[Hypothesis]:
     """The right call, its answer changed."""
-    smallest = SMALLEST_NORMAL[storage_of(case)]
+    for dtype in dict.fromkeys((storage_of(case), "float16")):
+        guess = f"subnormal numbers of {dtype} flushed to zero"
+        yield Hypothesis(guess, ("NUM-1",), dict(case.tensors), dict(case.attrs), _flush(SMALLEST_NORMAL[dtype]))
 
-    def flush(name: str, x: np.ndarray) -> np.ndarray:
-        return np.where(np.abs(x) < smallest, 0, x) if x.dtype.kind == "f" else x
 
-    yield Hypothesis("subnormals flushed to zero", ("NUM-1",), dict(case.tensors), dict(case.attrs), flush)
+def _flush(smallest: float) -> Change:
+    def flush(name: str, value: np.ndarray, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if value.dtype.kind != "f":
+            return value, limit
+        size = np.abs(value)
+        # Next to the smallest normal number a rounding decides.
+        either = np.abs(size - smallest) <= limit + 2.0**-10 * smallest
+        return np.where(size < smallest, 0, value), np.where(either, limit + size, limit)
+
+    return flush
 
 
 def _torn(ids: np.ndarray) -> bool:

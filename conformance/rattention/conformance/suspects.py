@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.features import MAPS
+from rattention.conformance.strategies import Recipe, build
 
 SOFTMAX = ("sliding_window_attention", "rattention", "rattention_extend")
 LINEAR = ("residual_linear_attention", "rattention", "rattention_extend")
@@ -59,9 +62,9 @@ class Call:
         return self.t["q"].shape[2] > self.t["k"].shape[2]
 
     @property
-    def grouped(self) -> bool:
-        """Whether the order of heads matters: several key/value heads, each of several query heads."""
-        return self.shared and self.t["k"].shape[2] > 1
+    def heads(self) -> bool:
+        """Whether there is another key/value head to read."""
+        return self.t["k"].shape[2] > 1
 
     @property
     def packed(self) -> bool:
@@ -98,6 +101,16 @@ def suspects(case: Case, output: str) -> frozenset[str]:
     forward = {label for label in _named(_forward(call, "out")) if not label.startswith("EXT")}
     own = {PARAMETERS[output]} if output in PARAMETERS else set()
     return frozenset({*_named(_gradient(call, output)), *forward, *own})
+
+
+@cache
+def plain(op: str, output: str) -> frozenset[str]:
+    """Suspects of the simplest calls of an operation, of any window and feature map: no option is needed for them."""
+    found: set[str] = set()
+    for window, feature_map in product((1, None, -1), MAPS):
+        case = build(Recipe(op, window=window, feature_map=feature_map, fill="beyond"))
+        found |= suspects(case, output)
+    return frozenset(found)
 
 
 def _named(conditions: Mapping[str, bool]) -> set[str]:
@@ -140,7 +153,7 @@ def _softmax(c: Call) -> dict[str, bool]:
         "SWA-1": w is not None and w >= 0,
         "SWA-2": w != -1 and c.keys > 1 and (c.t["q"].shape[3] > 1 or c.a.get("scale") is not None),
         "SWA-3": w != -1,
-        "SWA-4": w != -1 and c.grouped,
+        "SWA-4": w != -1 and c.heads,
         "SWA-5": w == -1,
         "SWA-6": full and T > 1,
         "ROPE-3": rope and w != -1,
@@ -160,10 +173,10 @@ def _linear(c: Call) -> dict[str, bool]:
         "RLA-4": state,
         "RLA-5": "memory" in c.t,
         "RLA-7": not state and "memory" not in c.t,
-        "RLA-8": c.grouped,
+        "RLA-8": c.heads,
         "RLA-9": w is None,
         "SEG-2": c.packed,
-        "SEG-6": c.packed and "initial_state" in c.t,
+        "SEG-6": (c.packed or c.padded) and "initial_state" in c.t,
         **_map(c),
     }
 
@@ -173,12 +186,12 @@ def _state(c: Call) -> dict[str, bool]:
     return {
         "RLA-3": "k_scale" in c.t,
         "RLA-6": not c.cached,
-        "RLA-8": c.grouped,
+        "RLA-8": c.heads,
         "RLA-9": c.window is None and not c.cached,
         "RAT-4": c.base == "rattention",
         "SEG-5": c.padded,
-        "SEG-6": c.packed and state,
-        "SEG-7": c.packed,
+        "SEG-6": (c.packed or c.padded) and state,
+        "SEG-7": c.packed or c.padded,
         "SEG-8": c.padded and bool((c.t["segment_ids"] == 0).all(1).any()),
         **_map(c),
     }

@@ -21,7 +21,7 @@ from rattention.conformance.judge import Violation
 from rattention.conformance.parts import CALLS, parts, roots
 from rattention.conformance.runner import Outcome
 from rattention.conformance.session import Failure, UnitResult
-from rattention.conformance.suspects import PRECISION, ROUGH, SLIGHT
+from rattention.conformance.suspects import PRECISION, ROUGH, SLIGHT, plain
 from rattention.spec import load
 
 FOLLOWS = 0.02
@@ -29,7 +29,8 @@ FOLLOWS = 0.02
 SUSPECT = 0.4
 """What a suspect counts, beside a clause that there is evidence for."""
 STRONG = 0.6
-"""What a suspect counts that the kind of error speaks for, such as a rounding where no number is further off."""
+"""What a suspect counts that more speaks for: an option that the minimal case cannot do without, an error so small that
+it may be a rounding."""
 EXACT = ("structure", "refusal", "crash", "mutation", "membership", "law", "hidden nan")
 """Kinds of violation that are no comparison of numbers within a budget: their clauses are what was checked."""
 
@@ -64,7 +65,8 @@ def grouped(outcome: Outcome) -> list[tuple[str, list[dict[str, float]]]]:
     small: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     raw: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for failure in outcome.failures:
-        small[failure.property_name, operation(failure)].append(blamed(failure.violations, failure.suspects))
+        shares = blamed(failure.violations, failure.suspects, failure.op)
+        small[failure.property_name, operation(failure)].append(shares)
     stopped: dict[tuple[str, str], set[str]] = defaultdict(set)
     for r in outcome.results:
         if r.status == "fail":
@@ -80,16 +82,19 @@ def grouped(outcome: Outcome) -> list[tuple[str, list[dict[str, float]]]]:
     return groups
 
 
-def blamed(violations: Sequence[Violation], suspected: Sequence[frozenset[str]]) -> dict[str, float]:
-    """How strongly a failure points at each clause, from 0 to 1."""
+def blamed(violations: Sequence[Violation], suspected: Sequence[frozenset[str]], minimal: str = "") -> dict[str, float]:
+    """How strongly a failure points at each clause, from 0 to 1. `minimal`: the operation of a case made small."""
     shares: dict[str, float] = {}
     for n, violation in enumerate(violations):
-        for label, share in _of(violation, suspected[n] if n < len(suspected) else frozenset()).items():
+        mine = suspected[n] if n < len(suspected) else frozenset()
+        # What the simplest calls do not have and a minimal case still has is needed for the failure.
+        needed = mine - plain(minimal, violation.output) if minimal in load().operations else frozenset()
+        for label, share in _of(violation, mine, needed).items():
             shares[label] = max(shares.get(label, 0.0), share)
     return shares
 
 
-def _of(violation: Violation, suspected: Iterable[str]) -> dict[str, float]:
+def _of(violation: Violation, suspected: frozenset[str], needed: frozenset[str]) -> dict[str, float]:
     if violation.kind in EXACT:
         return {label: 1.0 / (1 + 0.25 * rank) for rank, label in enumerate(dict.fromkeys(violation.clauses))}
     shares = {}
@@ -98,7 +103,7 @@ def _of(violation: Violation, suspected: Iterable[str]) -> dict[str, float]:
         if label == "NUM-1":
             continue  # every wrong number breaks it
         if label not in PRECISION:
-            shares[label] = SUSPECT
+            shares[label] = STRONG if label in needed else SUSPECT
         elif error <= ROUGH:
             shares[label] = STRONG if error <= SLIGHT else SUSPECT
     for rank, label in enumerate(violation.clauses[: violation.named]):
