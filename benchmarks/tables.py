@@ -71,6 +71,32 @@ def false_alarms(told: dict[str, Any]) -> str:
     return rows(header, body)
 
 
+def diagnosis(told: dict[str, Any]) -> str:
+    """One row per list of faults, and one per fault whose clause is not at the head."""
+    header = ("faults", "planted", "found", "clause at the head", "clause among the first three")
+    body = []
+    for name, n in told["summary"].items():
+        shares = (f"{n[key]} ({100 * n[key] / n['faults']:.0f} %)" for key in ("head", "three"))
+        body.append((name, str(n["faults"]), str(n["found"]), *shares))
+    head = f"Profile {told['profile']}, seed {told['seed']}.\n\n" + rows(header, body)
+    missed = [
+        (
+            row["title"],
+            row["list"],
+            " or ".join(row["clauses"]),
+            str(row["place"] or "none"),
+            ", ".join(row["first three"]),
+        )
+        for row in told["rows"]
+        if row["place"] != 1
+    ]
+    if not missed:
+        return head
+    return f"{head}\nWhere another clause came first:\n\n" + rows(
+        ("fault", "faults", "breaks", "place", "first three"), missed
+    )
+
+
 def cpu(told: dict[str, Any]) -> str:
     """The ratios, and on what they were taken."""
     shape, device = told["shape"], told["device"]
@@ -131,6 +157,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "sharpness": (("sharpness",), sharpness),
     "mutants": (("mutants",), mutants),
     "false_alarms": (("false_alarms",), false_alarms),
+    "diagnosis": (("diagnosis",), diagnosis),
     "cpu": (("cpu",), cpu),
     "speed": (("tpu_schedule", "triton_counts", "cpu"), speed),
 }

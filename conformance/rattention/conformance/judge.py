@@ -19,8 +19,10 @@ class Violation:
     clauses: labels, the likeliest first. kind: value, nan, structure, refusal, crash, mutation or law; a crash
     is an exception that is no refusal, or the end of the backend's process. output: the tensor concerned. index, got,
     expected, budget: the first wrong element. share: the largest error in units of the budget, infinite where no error
-    is admitted. wrong: fraction of elements that are wrong. heat: largest share over (t, d), coarsened. trace: the
-    traceback of a crash, text because it travels between processes.
+    is admitted. wrong: fraction of elements that are wrong. heat: largest share over (t, d), coarsened. guess: what it
+    looks like. trace: the traceback of a crash, text because it travels between processes. named: how many of the
+    leading clauses there is evidence for; the others are suspects. relative: the largest error in units of the largest
+    expected value.
     """
 
     clauses: tuple[str, ...]
@@ -36,6 +38,8 @@ class Violation:
     heat: list[list[float]] = field(default_factory=list)
     guess: str = ""
     trace: str = ""
+    named: int = 0
+    relative: float | None = None
 
     @property
     def crash(self) -> bool:
@@ -129,6 +133,7 @@ def compare_one(
             worst,
             float(bad.mean()),
             heat(share),
+            relative=_relative(x, y),
         ),
         worst,
     )
@@ -142,6 +147,13 @@ def _size(share: np.ndarray, bad: np.ndarray, exact: np.ndarray) -> str:
     finite = rest[np.isfinite(rest)]
     said = f"error up to {finite.max():.3g} times the budget" if finite.size else "infinite where a number is expected"
     return said + (f", {int((bad & exact).sum())} elements that must be exact" if (bad & exact).any() else "")
+
+
+def _relative(x: np.ndarray, y: np.ndarray) -> float:
+    """The largest error in units of the largest expected value; infinite where either is no number."""
+    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+        return float("inf")
+    return float(np.abs(x - y).max(initial=0.0) / max(float(np.abs(y).max(initial=0.0)), np.finfo(np.float32).tiny))
 
 
 def heat(share: np.ndarray) -> list[list[float]]:

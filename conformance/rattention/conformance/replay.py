@@ -77,7 +77,7 @@ def verdict_lines(session: Session, case: Case, name: str, *, whole: bool = Fals
         verdict = f"{'runner' if runners else 'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
         return [f"{verdict}{f'  ({reason})' if reason else ''}"], False
     if whole:
-        diagnose(session.ctx, case, recipe_of(case), violations, violations)
+        diagnose(session.ctx, case, recipe_of(case), violations, case)
     return failure_lines(session, case, name, violations, whole=whole), True
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rattention.conformance import backends, interrupts, vectors
 from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Oracle
+from rattention.conformance.parts import CALLS, roots
 from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.session import Failure, Session, Unit, UnitResult
 from rattention.conformance.strategies import Plan, make_plan
@@ -25,6 +26,8 @@ Progress = Callable[[int, int, int], None]
 INTERRUPTED = "interrupted"
 FAILURES_PER_KIND = 2
 FAILURES_SHRUNK = 24
+FAILURES_INHERITED = 8
+"""Those of them that may be of operations whose parts failed too."""
 WHOLE = ("agreement", "bad input", "description", "stored vectors")
 """Properties that smoke runs in full on interpreted backends too; of the others it takes FEW cases."""
 FEW = 4
@@ -232,13 +235,18 @@ def _keep_raw(plan: Plan, units: list[Unit], outcome: Outcome, chosen: list[int]
 def worth_shrinking(results: list[UnitResult]) -> list[int]:
     """Indices of the failures that are made small: a few per property and operation, the quickest first.
 
-    Crashes count apart: behind a few wrong numbers none of them must go without its traceback.
+    Those of the smallest failing operations come before those that inherit their fault, of which few are taken. Crashes
+    count apart: behind a few wrong numbers none of them must go without its traceback.
     """
+    failed = [r for r in results if r.status == "fail"]
+    smallest = roots(CALLS.get(r.property_name, r.op) for r in failed)
     seen: Counter[tuple[str, str, bool]] = Counter()
-    chosen = []
-    for r in sorted((r for r in results if r.status == "fail"), key=lambda r: (r.seconds > 0.5, r.index)):
-        key = (r.property_name, r.op, r.crashed)
-        if seen[key] < FAILURES_PER_KIND and len(chosen) < FAILURES_SHRUNK:
+    chosen: dict[bool, list[int]] = {True: [], False: []}
+    for r in sorted(failed, key=lambda r: (r.seconds > 0.5, r.index)):
+        op = CALLS.get(r.property_name, r.op)
+        mine = chosen[op in smallest]
+        key = (r.property_name, op, r.crashed)
+        if seen[key] < FAILURES_PER_KIND:
             seen[key] += 1
-            chosen.append(r.index)
-    return chosen
+            mine.append(r.index)
+    return [*chosen[True], *chosen[False][:FAILURES_INHERITED]][:FAILURES_SHRUNK]

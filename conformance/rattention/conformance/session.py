@@ -18,6 +18,7 @@ from rattention.conformance.properties import REGISTRY, Property, make_case
 from rattention.conformance.shrink import shrink
 from rattention.conformance.strategies import Plan, Recipe
 from rattention.conformance.strategies.callline import call_line
+from rattention.conformance.suspects import suspects
 from rattention.spec import SpecError, load
 
 
@@ -35,6 +36,7 @@ class UnitResult:
     """What became of a unit. status: pass, fail, unsupported, skip, or runner: see `Session.runners_own`.
 
     clauses: those that the case could have broken. always: it ran though --select does not name it.
+    suspects: the clauses that could have made its wrong outputs wrong; of a case that passed, any output.
     """
 
     index: int
@@ -49,6 +51,7 @@ class UnitResult:
     calls: int = 0
     shares: dict[tuple[str, str, str], float] = field(default_factory=dict)
     always: bool = False
+    suspects: frozenset[str] = frozenset()
 
     @property
     def crashed(self) -> bool:
@@ -60,6 +63,7 @@ class Failure:
     """A failure made small: the case file's bytes, its call in one line and what is wrong.
 
     found: the storage dtype of the case that failed first, where shrinking has gone over to another; else empty.
+    suspects: for each violation the clauses that could have made its output wrong.
     """
 
     index: int
@@ -71,6 +75,7 @@ class Failure:
     case: bytes
     note: str = ""
     found: str = ""
+    suspects: tuple[frozenset[str], ...] = ()
 
 
 def place_of(case: Case) -> tuple[str, str]:
@@ -118,6 +123,7 @@ class Session:
         result.violations, result.reason = self.verdict(prop, case)
         if self.moot and not result.violations:
             return result
+        result.suspects = frozenset().union(*_suspects(case, result.violations))
         result.status = "fail" if result.violations else "unsupported" if result.reason else "pass"
         held = (self.ctx.held | set(wired)) - set(backends.held(self.ctx.backend))
         result.clauses = tuple(label for label in load().clauses if label in held)
@@ -200,7 +206,7 @@ class Session:
         case = self._legal(prop, recipe) or original
         violations, _ = self.verdict(prop, case)
         violations = violations or before
-        diagnose(self.ctx, case, recipe, violations, before)
+        diagnose(self.ctx, case, recipe, violations, original)
         self._answer(case, violations)
         (op, dtype), (_, found) = place_of(case), place_of(original)
         return Failure(
@@ -213,6 +219,7 @@ class Session:
             vectors.case_bytes(case),
             case.note,
             found if found != dtype else "",
+            _suspects(case, violations),
         )
 
     def _legal(self, prop: Property, recipe: Recipe) -> Case | None:
@@ -244,3 +251,13 @@ class Session:
 def _judge_of(case: Case) -> Property:
     """The property whose verdict the case gets; a stored case names one."""
     return REGISTRY[case.property_name]
+
+
+def _suspects(case: Case, violations: list[Violation]) -> tuple[frozenset[str], ...]:
+    """Of each violation the clauses that its output stands under; of a case without any, those of the whole call.
+
+    Contract cases are bad calls or none at all: what they break is named by the violation itself.
+    """
+    if not case.tensors or "entry" in case.params:
+        return tuple(frozenset(v.clauses) for v in violations)
+    return tuple(suspects(case, v.output) for v in violations) or (suspects(case, ""),)

@@ -231,8 +231,8 @@ def _blame(case: Case, b: int, t: int, token: int, got: float, want: float, W: i
         lengths = case.tensors.get("lengths")
         if lengths is not None and t >= lengths[b]:
             labels.append("EXT-7")
-        elif 0 <= token < W:
-            labels += ["EXT-9"] if token < W - int(case.tensors["cache_length"][b]) else ["EXT-5"]
+        elif 0 <= token < W - int(case.tensors["cache_length"][b]):
+            labels.append("EXT-9")
     softmax = ("SWA-5",) if window == -1 else ("SWA-6",) if window is None else ("SWA-1",)
     linear = ("RLA-9",) if window is None else ("RLA-1",)
     both = base.startswith("rattention")

@@ -329,7 +329,8 @@ def check_extreme(ctx: Context, case: Case) -> list[Violation]:
         if bad.any():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
             message = f"{name}: {x[at]} at {list(at)} for finite inputs; {int(bad.sum())} of {bad.size} elements"
-            found.append(Violation(case.clauses, message, "nan", name, at, guess="a maximum not subtracted"))
+            guess, named = "a maximum not subtracted", len(case.clauses)
+            found.append(Violation(case.clauses, message, "nan", name, at, guess=guess, named=named))
     return found or ctx.judge(case, got, bounds, case.clauses, record=False)
 
 

@@ -33,18 +33,25 @@ SAME = 3
 """Of the cases that say what the first of them says, those whose replay line is printed."""
 
 
+LISTED = 10
+"""Failing clauses with their text; the others by label alone."""
+LIKELY = 0.15
+"""How likely a clause must be to be listed with its text, in units of the likeliest."""
+
+
 def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, Path] | None = None) -> None:
     """Print one report. `cases`: where the case files of the failures are, by name; none where they are not."""
     console.print(_matrix(report))
     wrong = failing(report["clauses"])
     if wrong:
         table = Table(title="Failing clauses, the likeliest first", title_justify="left", show_header=False, box=None)
-        for label in wrong[:14]:
+        likely = _likely(report["clauses"], wrong)
+        for label in likely:
             entry = report["clauses"][label]
             table.add_row(f"[bold red]{label}[/]", escape(entry["text"]), f"[dim]{entry['violations']} violations[/]")
         console.print(table)
-        if len(wrong) > 14:
-            console.print(f"[dim]and {len(wrong) - 14} more: {', '.join(wrong[14:])}[/]")
+        if len(wrong) > len(likely):
+            console.print(f"[dim]not ruled out, and hardly it: {', '.join(wrong[len(likely) :])}[/]")
     untested = [label for label, e in report["clauses"].items() if e["status"] == "untested"]
     if untested and not report["select"]:
         console.print(f"[dim]untested clauses: {', '.join(untested)}[/]")
@@ -83,6 +90,12 @@ def counts(report: dict[str, Any]) -> str:
 def by_runner(cases: Mapping[str, int]) -> str:
     """The count of the cases that say nothing about a port behind the wire; "" where there are none."""
     return f", {cases['runner']} decided by the runner" if cases["runner"] else ""
+
+
+def _likely(table: dict[str, dict[str, Any]], wrong: list[str]) -> list[str]:
+    """The failing clauses that are worth a look, at least three of them."""
+    least = LIKELY * table[wrong[0]]["weight"]
+    return [label for n, label in enumerate(wrong[:LISTED]) if n < 3 or table[label]["weight"] >= least]
 
 
 def print_matrices(console: Console, reports: list[dict[str, Any]]) -> None:

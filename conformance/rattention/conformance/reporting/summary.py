@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rattention.conformance.properties import REGISTRY
+from rattention.conformance.reporting.ranking import likelihoods, ranked, sorted_clauses, telling
 from rattention.conformance.runner import Outcome
 from rattention.conformance.session import Failure
 from rattention.spec import load
@@ -33,6 +34,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
     """The report as JSON-ready data. Stable keys: backend, conforming, clauses, cases, budget."""
     settings = outcome.settings
     counts = Counter(r.status for r in outcome.results)
+    table = clauses(outcome)
     return {
         "backend": outcome.backend,
         "conforming": outcome.conforming,
@@ -55,12 +57,12 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
             "calls": sum(r.calls for r in outcome.results),
         },
         "matrix": matrix(outcome),
-        "clauses": clauses(outcome),
+        "clauses": table,
         "budget": budget(outcome),
         "properties": properties(outcome),
         "unsupported": dict(Counter(r.reason for r in outcome.results if r.status == "unsupported")),
         "runner": dict(Counter(r.reason for r in outcome.results if r.status == "runner")),
-        "failures": [failure_json(f) for f in outcome.failures],
+        "failures": [failure_json(f, weights(table)) for f in telling(outcome)],
     }
 
 
@@ -113,7 +115,7 @@ def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
     """Label to text, status (pass, FAIL, runner, untested), and how often it was checked and broken.
 
     runner: a clause that the runner keeps for a port behind the wire, which the run says nothing about.
-    `weight` ranks the failing ones: a violation that names one clause weighs more than one that lists suspects.
+    `weight` says how likely it is that a fault breaks the clause (see ranking.py).
     """
     checked: Counter[str] = Counter()
     by: dict[str, set[str]] = defaultdict(set)
@@ -123,11 +125,9 @@ def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
             for label in r.clauses:
                 by[label].add(r.property_name)
     broken: Counter[str] = Counter()
-    weight: dict[str, float] = defaultdict(float)
     for violation in outcome.violations():
-        for rank, label in enumerate(dict.fromkeys(violation.clauses)):
-            broken[label] += 1
-            weight[label] += 1.0 / ((1 + rank) * len(violation.clauses))
+        broken.update(set(violation.clauses))
+    weight = likelihoods(outcome)
     table = {}
     for label, text in load().judged.items():
         idle = "runner" if label in outcome.held else "untested"
@@ -137,16 +137,20 @@ def clauses(outcome: Outcome) -> dict[str, dict[str, Any]]:
             "status": status,
             "passed": checked[label],
             "violations": broken[label],
-            "weight": round(weight[label], 3),
+            "weight": round(weight.get(label, 0.0), 4),
             "properties": sorted(by[label]),
         }
     return table
 
 
 def failing(table: dict[str, dict[str, Any]]) -> list[str]:
-    """Failing clauses, the likeliest first; NUM-1 is last, because every wrong number breaks it."""
-    labels = [label for label, entry in table.items() if entry["status"] == "FAIL"]
-    return sorted(labels, key=lambda label: (label == "NUM-1", -table[label]["weight"]))
+    """Failing clauses, the likeliest first."""
+    return ranked(weights(table), (label for label, entry in table.items() if entry["status"] == "FAIL"))
+
+
+def weights(table: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Label to how likely it is that the fault breaks it."""
+    return {label: entry["weight"] for label, entry in table.items()}
 
 
 def budget(outcome: Outcome) -> dict[str, dict[str, dict[str, float]]]:
@@ -178,8 +182,8 @@ def properties(outcome: Outcome) -> dict[str, dict[str, Any]]:
     return table
 
 
-def failure_json(failure: Failure) -> dict[str, Any]:
-    """One failure without its case bytes."""
+def failure_json(failure: Failure, likely: dict[str, float]) -> dict[str, Any]:
+    """One failure without its case bytes, its suspects in the order of the whole run."""
     return {
         "property": failure.property_name,
         "op": failure.op,
@@ -187,7 +191,7 @@ def failure_json(failure: Failure) -> dict[str, Any]:
         "found": failure.found,
         "case": failure.call,
         "file": case_name(failure),
-        "violations": [_plain(v.to_json()) for v in failure.violations],
+        "violations": [_plain(v.to_json() | {"clauses": sorted_clauses(v, likely)}) for v in failure.violations],
     }
 
 

@@ -1,0 +1,82 @@
+"""The third list, written when misses of the second had taught something: nothing was improved on it."""
+
+from diagnosed.fault import faults
+
+THIRD = faults(
+    # ------------------------------------------------------------------------------------------ feature map
+    ("phi-twice-as-sharp", "FM-1", "phi is [softmax(2x), softmax(-2x)].",
+     "return np.concatenate([softmax(x), softmax(-x)], -1)",
+     "return np.concatenate([softmax(2 * x), softmax(-2 * x)], -1)"),
+    ("relu-leaks", "FM-2", "The relu map lets a hundredth of the other sign through.",
+     "np.maximum(x, 0), np.maximum(-x, 0)", "np.maximum(x, x / 100), np.maximum(-x, -x / 100)"),
+    # ------------------------------------------------------------------------------------------ rotary embedding
+    ("positions-from-one", "ROPE-1", "The table counts positions from one.",
+     "angle = positions.astype(np.float64)[:, None] * frequency",
+     "angle = (positions.astype(np.float64)[:, None] + 1) * frequency"),
+    ("queries-only-stretched", "ROPE-3", "Queries are multiplied by the cosines alone.",
+     "return rotate(q, cos[self.W :], sin[self.W :])", "return rotate(q, cos[self.W :], 0 * sin[self.W :])"),
+    ("last-row-of-the-table", "ROPE-4", "The last row of the table is taken for one outside of it.",
+     "(rows >= 0) & (rows < table.shape[0])", "(rows >= 0) & (rows < table.shape[0] - 1)"),
+    # ------------------------------------------------------------------------------------------ softmax branch
+    ("first-token-unseen", "SWA-1 SWA-6", "No token attends to the first one.",
+     "(distance >= 0)", "(distance >= 0) & (self.index[None, :] != 0)"),
+    ("scale-of-the-model-width", "SWA-2", "The default scale is 1/sqrt(Hq D).",
+     'call.dims["D"] ** -0.5 if scale is None', '(call.dims["D"] * call.dims["Hq"]) ** -0.5 if scale is None'),
+    ("root-of-the-total", "SWA-3", "Weights are divided by the root of their sum.",
+     "return e / np.where(self.near.any(-1, keepdims=True), total, 1)",
+     "return e / np.sqrt(np.where(self.near.any(-1, keepdims=True), total, 1))"),
+    ("values-of-the-first-head", "SWA-4", "Softmax weights meet the values of the first head.",
+     "return self.weights(h) @ self.v[:, h // self.G]", "return self.weights(h) @ self.v[:, 0]"),
+    # ------------------------------------------------------------------------------------------ linear branch
+    ("far-twice-the-window", "RLA-1 RAT-2", "The linear branch reads what lies more than 2w behind.",
+     "self.far = same & (distance > window)", "self.far = same & (distance > max(2 * window, window))"),
+    ("weights-squared", "RLA-2", "The weights of the linear branch are squared.",
+     "out = np.where(self.far, fq @ fk.T, 0)", "out = np.where(self.far, (fq @ fk.T) ** 2, 0)"),
+    ("both-scales-on-the-query", "RLA-3", "Queries are multiplied by k_scale too.",
+     'self.scaled(self.q[:, h], "q_scale")', 'self.scaled(self.scaled(self.q[:, h], "q_scale"), "k_scale")'),
+    ("state-shared-out", "RLA-4 RLA-8", "Each query head of a group reads its share of the state.",
+     "fq @ self.state[h // self.G], 0)", "fq @ self.state[h // self.G] / np.float32(self.G), 0)"),
+    ("memory-subtracted", "RLA-5", "What memory gives is subtracted.",
+     'out = out + fq @ self.t["memory"][h]', 'out = out - fq @ self.t["memory"][h]'),
+    ("state-of-first-values", "RLA-6 RLA-8", "Every head of the state is made of the values of the first.",
+     ".T @ np.where(self.folds[:, None], self.v[:, kv], 0)", ".T @ np.where(self.folds[:, None], self.v[:, 0], 0)"),
+    # ------------------------------------------------------------------------------------------ the mix
+    ("weight-without-sign", "MIX-1", "rla_weight loses its sign.",
+     "rla_weight * (rla / root(rla, eps))", "np.abs(rla_weight) * (rla / root(rla, eps))"),
+    ("norm-without-root", "MIX-2", "The norm divides by the mean square.",
+     "return np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(eps))",
+     "return np.mean(x * x, -1, keepdims=True) + np.float32(eps)"),
+    ("softmax-branch-in-both", "RAT-1 RAT-2", "rattention adds the softmax branch to the linear one before the norms.",
+     "y = mix(swa, rla, self.t", "y = mix(swa, swa + rla, self.t"),
+    # ------------------------------------------------------------------------------------------ segments
+    ("index-not-restarted", "SEG-7 SEG-3", "Tokens are counted along the row, not along their segment.",
+     "self.index = np.arange(self.T) - start", "self.index = np.arange(self.T) - 0 * start"),
+    ("padding-of-rattention", "SEG-4", "rattention does not silence the output of padding.",
+     "= np.where(self.query_live[:, None, None], y, 0)",
+     '= np.where(self.query_live[:, None, None] | (self.base == "rattention"), y, 0)'),
+    ("carried-by-id-one", "SEG-6 SEG-7", "final_state holds initial_state where the last segment has the id 1.",
+     "self.carries_state = first == last", "self.carries_state = last == 1"),
+    # ------------------------------------------------------------------------------------------ cache
+    ("new-tokens-not-folded", "EXT-5", "Tokens of the call itself are not folded, however many there are.",
+     "self.folds = self.live & (self.index < seen + new - self.W)",
+     "self.folds = self.live & (slot < self.W) & (self.index < seen + new - self.W)"),
+    ("length-at-least-slots", "EXT-6", "cache_length counts from the number of slots on.",
+     "self.length = seen + new", "self.length = max(seen, self.W) + new"),
+    ("positions-of-the-call", "EXT-8", "Positions start at 0 in every call.",
+     "self.position = np.maximum(self.index, 0)", "self.position = np.maximum(slot - self.W, 0)"),
+    ("lengths-at-least-one", "EXT-7 EXT-6", "A row without new tokens has one.",
+     'new = int(self.t["lengths"][self.b]) if', 'new = max(1, int(self.t["lengths"][self.b])) if'),
+    # ------------------------------------------------------------------------------------------ gradients
+    ("key-gradient-of-plain-queries", "GRAD-1 ROPE-3", "The gradient of k is made of unrotated queries.",
+     "dq, dk = ds @ k, ds.T @ q", "dq, dk = ds @ k, ds.T @ self.q[:, h]"),
+    ("last-row-of-the-batch", "GRAD-1", "Gradients of memory and scales are those of the last row.",
+     'out[f"d_{name}"] += g[name]', 'out[f"d_{name}"] = g[name]'),
+    ("state-cotangent-of-second-heads", "GRAD-4 GRAD-3", "The cotangent of the state is read by second query heads.",
+     "if d_state is not None and h % self.G == 0:", "if d_state is not None and h % self.G == 1:"),
+    # ------------------------------------------------------------------------------------------ numerics, contract
+    ("linear-weights-in-float16", "NUM-2 NUM-3", "Weights of the linear branch pass through float16.",
+     "out = np.where(self.far, fq @ fk.T, 0)",
+     "out = np.where(self.far, fq @ fk.T, 0).astype(np.float16).astype(np.float32)"),
+    ("length-in-int64", "BCK-2", "cache_length is returned as int64.",
+     ".astype(DTYPES[dtypes[name]])", '.astype(np.int64 if name == "cache_length" else DTYPES[dtypes[name]])'),
+)  # fmt: skip
