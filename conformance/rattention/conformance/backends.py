@@ -122,6 +122,11 @@ def wire_clauses(backend: Any) -> tuple[str, ...]:
     return backend.clauses if _is_wire_port(backend) else ()
 
 
+def has_process(backend: Any) -> bool:
+    """Whether a process of its own belongs to the backend, which the suite has to end."""
+    return _is_wire_port(backend)
+
+
 def close(backend: Any) -> None:
     """Stop the process of a port behind the wire. Nothing else has one that the suite started.
 

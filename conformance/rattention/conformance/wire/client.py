@@ -91,7 +91,7 @@ class Port:
 
     def close(self) -> None:
         """Ask the port to stop, and make sure that it has."""
-        process, self.process = self.process, None
+        process = self.process
         if process is not None:
             with contextlib.suppress(OSError, ValueError):
                 process.send(json.dumps({"cmd": "stop"}))
@@ -99,6 +99,7 @@ class Port:
             while process.child.poll() is None and time.monotonic() < end:
                 time.sleep(0.01)
             process.kill()
+            self.process = None  # not before: `abandon` may have to end it in between
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder = Path(tempfile.gettempdir()) / "rattention-wire-closed"
 
