@@ -46,7 +46,10 @@ def test_capabilities_name_optional_tensors_or_the_cache():
         assert set(needed) <= tensors, capability
     optional = {t.name for op in SPEC.operations.values() for t in op.tensors if t.optional and t.name[:2] != "d_"}
     assert optional <= {t for needed in SPEC.capabilities.values() for t in needed}
-    assert SPEC.needs(["q", "k", "v", "rope_cos", "rope_sin", "lengths"]) == {"rope", "lengths"}
+    given = ["q", "k", "v", "rope_cos", "rope_sin", "lengths", "d_out"]
+    assert SPEC.needs("rattention_extend.vjp", given) == {"rope", "lengths"}
+    assert SPEC.needs("rope_table", ["positions"]) == set()  # its one input, and no option of it
+    assert SPEC.needs("rattention", ["positions"]) == {"positions"}
 
 
 def test_errors_survive_pickling():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from rattention.spec import SpecError, load, validate
+from rattention.spec import UNREAD, SpecError, load, validate
 
 SPEC = load()
-INTEGERS = ("positions", "segment_ids", "cache_length", "lengths")
 SIZES = {"B": 2, "T": 5, "Hq": 6, "Hkv": 3, "H": 3, "D": 8, "D/2": 4, "Dv": 4, "F": 16, "M": 7, "W": 2}
 
 
@@ -27,8 +27,7 @@ def valid_call(name: str, storage: Any = np.float32) -> tuple[dict[str, Any], di
 
 
 def check(name: str, tensors: dict[str, Any], attrs: dict[str, Any], **kw: Any):
-    host = {n: tensors[n] for n in INTEGERS if tensors.get(n) is not None}
-    return validate(name, tensors, attrs, host=host, **kw)
+    return validate(name, tensors, attrs, **kw)
 
 
 def refusal(name: str, tensors: dict[str, Any], attrs: dict[str, Any], **kw: Any) -> SpecError:
@@ -344,14 +343,15 @@ def test_default_positions_need_rows_for_the_longest_segment_only():
 def test_positions_wait_for_the_ids_that_say_which_are_live():
     tensors, attrs = valid_call("rattention")
     tensors["positions"][tensors["segment_ids"] == 0] = -5
-    validate("rattention", tensors, attrs, host={"positions": tensors["positions"]})
+    call = validate("rattention", tensors, attrs, host={"segment_ids": UNREAD})
+    assert call.unread == ("segment_ids",)
 
 
 def test_table_that_is_too_short_for_its_shapes_needs_no_host_values():
     short = {n: np.zeros((4, 4), np.float32) for n in ("rope_cos", "rope_sin")}
     tensors, attrs = changed("rattention", positions=None, segment_ids=None, **short)
     with pytest.raises(SpecError, match=r"a row for each of 5 positions, got M=4 \(ERR-9\)"):
-        validate("rattention", tensors, attrs)
+        validate("rattention", tensors, attrs, host=UNREAD)
 
 
 def test_cached_rows_need_positions_up_to_their_new_length():
@@ -363,11 +363,56 @@ def test_cached_rows_need_positions_up_to_their_new_length():
     assert refusal("rattention_extend", tensors, attrs).got == "M=7"
 
 
-def test_values_are_not_looked_at_without_host_tensors():
+def test_rows_that_are_needed_wait_for_the_lengths_that_say_so():
+    tensors, attrs = valid_call("rattention_extend")
+    tensors["cache_length"][:] = [3, 100]
+    tensors["lengths"][:] = [4, 0]
+    validate("rattention_extend", tensors, attrs, host={"lengths": UNREAD})
+
+
+class Elsewhere:
+    """An array of a library whose values are not on the host."""
+
+    def __init__(self, x: np.ndarray):
+        self.shape, self.dtype = x.shape, x.dtype
+
+
+def spoilt() -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call whose values break ERR-8 and ERR-9."""
     tensors, attrs = valid_call("rattention")
     tensors["segment_ids"][:] = -1
     tensors["positions"][:] = 1000
-    validate("rattention", tensors, attrs)
+    return tensors, attrs
+
+
+def test_values_of_numpy_arrays_are_looked_at_without_being_asked():  # ERR-8
+    with pytest.raises(SpecError, match=r"segment_ids: expected ids >= 0, got -1 at \[0, 0\] \(ERR-8\)"):
+        validate("rattention", *spoilt())
+
+
+def test_what_was_not_looked_at_is_said_and_named():
+    call = validate("rattention", *spoilt(), host=UNREAD)
+    assert call.unread == ("positions", "segment_ids")
+    assert validate("rattention", *valid_call("rattention")).unread == ()
+
+
+def test_values_elsewhere_must_be_passed_or_given_up_in_words():
+    tensors, attrs = spoilt()
+    ids = tensors["segment_ids"]
+    tensors |= {name: Elsewhere(tensors[name]) for name in ("positions", "segment_ids")}
+    with pytest.raises(TypeError, match=r"the values of positions are needed, and it is a .*Elsewhere: .*UNREAD"):
+        validate("rattention", tensors, attrs)
+    with pytest.raises(TypeError, match="the values of segment_ids are needed"):
+        validate("rattention", tensors, attrs, host={"positions": UNREAD})
+    with pytest.raises(TypeError, match=r"the values of positions are needed, and it is a builtins\.NoneType"):
+        validate("rattention", tensors, attrs, host={"positions": None, "segment_ids": UNREAD})
+    with pytest.raises(SpecError, match="ERR-8"):
+        validate("rattention", tensors, attrs, host={"positions": UNREAD, "segment_ids": ids})
+    assert validate("rattention", tensors, attrs, host=UNREAD).unread == ("positions", "segment_ids")
+
+
+def test_any_position_can_be_tabulated():
+    validate("rope_table", {"positions": Elsewhere(np.zeros(3, np.int32))}, {"head_dim": 4})
 
 
 # ------------------------------------------------------------------------------------------------ order
@@ -413,3 +458,48 @@ def test_order_of_the_checks():
     expect("ERR-8", "segment_ids")
     tensors["segment_ids"] = good["segment_ids"]
     check("rattention", tensors, attrs)
+
+
+# ------------------------------------------------------------------------------------------------ floats
+
+FLOAT32 = np.finfo(np.float32)
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -0.0, 1, float(FLOAT32.max), -float(FLOAT32.max), float(FLOAT32.tiny), 3.4028235e38]
+)
+def test_a_scale_that_float32_holds(value):  # ERR-5
+    tensors, attrs = valid_call("rattention")
+    assert validate("rattention", tensors, attrs | {"scale": value}).attributes["scale"] == value
+
+
+@pytest.mark.parametrize(
+    "value", [1e39, -1e39, 3.4028236e38, 2.0**-127, -1e-50, 5e-324, 10**400, math.inf, -math.inf, math.nan]
+)
+def test_a_scale_that_float32_does_not_hold(value):  # ERR-5
+    tensors, attrs = valid_call("rattention")
+    error = refusal("rattention", tensors, attrs | {"scale": value})
+    assert (error.argument, error.clause) == ("scale", "ERR-5")
+    assert error.expected == "0, a float in the normal range of float32, or None"
+
+
+@pytest.mark.parametrize(("op", "name"), [("rms_mix", "eps"), ("rope_table", "theta")])
+@pytest.mark.parametrize("value", [1e39, 1e-50, 1e-40, 0.0, -1.0])
+def test_eps_and_theta_are_positive_in_float32_too(op, name, value):  # ERR-5
+    tensors, attrs = valid_call(op)
+    error = refusal(op, tensors, attrs | {name: value})
+    assert (error.argument, error.expected) == (name, "a float > 0 in the normal range of float32")
+
+
+def test_what_is_held_is_what_float32_rounds_to_a_normal_number():  # ERR-5
+    tensors, attrs = valid_call("rattention")
+    top = 2.0**128 - 2.0**103  # halfway between the largest float32 and the next power of two
+    for value in (np.nextafter(top, 0), top, FLOAT32.tiny, np.nextafter(float(FLOAT32.tiny), 0)):
+        with np.errstate(over="ignore"):
+            held = bool(np.isfinite(np.float32(value))) and value >= FLOAT32.tiny
+        try:
+            validate("rattention", tensors, attrs | {"scale": float(value)})
+            taken = True
+        except SpecError:
+            taken = False
+        assert taken == held, value

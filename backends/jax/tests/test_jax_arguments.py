@@ -64,7 +64,10 @@ def test_attributes_are_python_values() -> None:
     plain = rattention(**given, window=2, scale=0.5)
     np.testing.assert_array_equal(rattention(**given, window=jnp.int32(2), scale=jnp.float32(0.5)), plain)
     for run in (jax.grad, jax.jit):
-        with pytest.raises(SpecError, match=r"scale: expected a finite float, or None, got a traced array.*ERR-5"):
+        with pytest.raises(
+            SpecError,
+            match=r"scale: expected 0, a float in the normal range of float32, or None, got a traced array.*ERR-5",
+        ):
             run(lambda scale: jnp.sum(sliding_window_attention(*list(given.values())[:3], window=2, scale=scale)))(0.5)
     with pytest.raises(SpecError, match="window"):
         rattention(**given, window=jnp.array([2]))  # pyright: ignore[reportArgumentType]
@@ -88,8 +91,8 @@ def layer(**options: Any) -> RAttention:
         ({"window": -2}, "window: expected an int >= -1"),
         ({"window": 3.5}, "window: expected an int >= -1"),
         ({"feature_map": "elu"}, "feature_map: expected one of"),
-        ({"eps": 0.0}, "eps: expected a finite float > 0"),
-        ({"rope_theta": -1.0}, "theta: expected a finite float > 0"),
+        ({"eps": 0.0}, "eps: expected a float > 0 in the normal range of float32"),
+        ({"rope_theta": -1.0}, "theta: expected a float > 0 in the normal range of float32"),
         ({"head_dim": 7}, "head_dim: expected an even int"),
         ({"impl": "cuda"}, "impl: expected one of xla, pallas"),
         ({"precision": "most"}, "most"),

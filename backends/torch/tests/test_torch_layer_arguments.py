@@ -33,8 +33,14 @@ NUMBER = nn.Parameter(torch.tensor(0.5))
     + [("num_heads", 3, "a multiple of num_kv_heads=2"), ("num_kv_heads", 3, None)]
     + [("window", x, "an int >= -1, or None") for x in (-2, 3.5, True, "3", [3], NUMBER, torch.tensor(3.5))]
     + [("feature_map", x, "one of softmax, relu, identity") for x in ("elu", None, 3, torch.relu)]
-    + [("eps", x, "a finite float > 0") for x in (0, -1e-6, np.inf, np.nan, None, "1e-6", True, NUMBER)]
-    + [("rope_theta", x, "a finite float > 0") for x in (0, -1.0, np.inf, np.nan, "1e4", True, NUMBER)]
+    + [
+        ("eps", x, "a float > 0 in the normal range of float32")
+        for x in (0, -1e-6, 1e39, 1e-50, np.inf, np.nan, None, "1e-6", True, NUMBER)
+    ]
+    + [
+        ("rope_theta", x, "a float > 0 in the normal range of float32")
+        for x in (0, -1.0, 1e39, np.inf, np.nan, "1e4", True, NUMBER)
+    ]
     + [("head_dim", 7, "an even size to rotate in pairs, or rope_theta=None")]
     + [(name, x, "True or False") for name in ("qk_norm", "qk_scale", "memory", "bias") for x in (16, None, "yes")],
 )

@@ -211,7 +211,7 @@ def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place:
             outcome = runner.conform(target, settings, progress=step)
         except workers.SuiteFault as fault:
             raise backends.CannotRun(f"the suite itself failed at {fault}") from None
-    if not outcome.stopped and not any(r.status not in ("skip", "runner") for r in outcome.results):
+    if not outcome.stopped and outcome.empty:
         matches = "matches no case of this profile"
         if any(r.status == "runner" for r in outcome.results):
             matches = "matches only cases that the runner decides for a port behind the wire"

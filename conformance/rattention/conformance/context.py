@@ -13,13 +13,17 @@ from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
 from rattention.conformance.strategies.plan import outside
 from rattention.conformance.told import by_user, clause_of, crash, reason_of, shown, told
-from rattention.spec import Result, SpecError, Unsupported, load, validate
+from rattention.spec import UNREAD, Result, SpecError, Unsupported, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")
 
 
 class Refused(Exception):
     """The backend said Unsupported and was entitled to: the case ends without a verdict."""
+
+
+class Moot(Exception):
+    """Nothing that the backend could have answered would be wrong: the case is no test of anything, and not counted."""
 
 
 class Broken(Exception):
@@ -41,7 +45,7 @@ class Context:
     """A backend, its description, the oracle, and what was seen so far.
 
     `violations` collects what the watch around each call finds; `shares` holds the largest share of the budget used,
-    by (operation, dtype, output).
+    by (operation, dtype, output). `held` are the clauses that the watch has held calls against.
     """
 
     def __init__(self, backend: Any, describe: Mapping[str, Any], plan: Plan, oracle: Oracle | None = None):
@@ -52,6 +56,7 @@ class Context:
         self.violations: list[Violation] = []
         self.shares: dict[tuple[str, str, str], float] = {}
         self.calls = 0
+        self.held: set[str] = set()
         self._kept: list[tuple[str, np.ndarray, np.ndarray]] = []
 
     # ------------------------------------------------------------------------------------------ calls
@@ -77,11 +82,17 @@ class Context:
         except BaseException as error:  # a backend may fail in any way it likes, SystemExit included
             if by_user(error):
                 raise
-            self._break(("BCK-3",), f"{op} raised {crash(error)}", "crash")
+            beyond = self.entitled(op, tensors, attrs)
+            expected = f"{beyond}: expected Unsupported; " if beyond else ""
+            self._break(("BCK-3",), f"{expected}{op} raised {crash(error)}", "crash")
         finally:
             self._unmodified(op, tensors, before)
+        beyond = self.entitled(op, tensors, attrs)
+        if beyond:
+            self._break(("BCK-3", "BCK-1"), f"{op} ran although it is not declared: {beyond}", "refusal")
         outputs = self._structure(op, tensors, attrs, result)
         self._memory(op, tensors, outputs)
+        self.held |= {"BCK-2", "BCK-3", "ERR-13"}
         return outputs
 
     def call(self, op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> Any:
@@ -121,10 +132,10 @@ class Context:
         about = self.describe
         if op not in names(about, "operations"):
             return f"operation {op} is not declared"
-        call = validate(op, tensors, attrs)
+        call = validate(op, tensors, attrs, host=UNREAD)
         if call.storage not in names(about, "dtypes"):
             return f"dtype {call.storage} is not declared"
-        lacking = load().needs(tensors) - set(names(about, "capabilities"))
+        lacking = load().needs(op, tensors) - set(names(about, "capabilities"))
         if lacking:
             return "capability not declared: " + ", ".join(sorted(lacking))
         limits = about.get("limits")
@@ -153,7 +164,7 @@ class Context:
             )
         if not mapping:
             self._break(label, f"{op} returned {type(result).__name__}, not a mapping of outputs", "structure")
-        call = validate(op, tensors, attrs)
+        call = validate(op, tensors, attrs, host=UNREAD)
         shapes = call.output_shapes()
         dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
         if set(outputs) != set(shapes):
@@ -181,6 +192,7 @@ class Context:
         path = told(metadata.get("path", ""))
         if empty:
             return
+        self.held.add("BCK-4")
         if not launched or path in ("", "eager", "xla", "fallback"):
             self.violations.append(
                 Violation(
@@ -219,7 +231,7 @@ class Context:
 
     def tight(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Bounds:
         """Bounds for a call whose operands are exact in its storage dtype (see `Oracle.exact`)."""
-        call = validate(op, tensors, attrs)
+        call = validate(op, tensors, attrs, host=UNREAD)
         storage = tensors[next(t.name for t in call.operation.tensors if t.dtype == "storage")].dtype
         dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
         wide = self.oracle.exact(op, tensors, attrs, storage)

@@ -76,7 +76,14 @@ class Outcome:
     @property
     def conforming(self) -> bool:
         """No case failed, at least one passed, and the run came to its end."""
-        return not self.failed and not self.unfinished and any(r.status == "pass" for r in self.results)
+        return (
+            not self.failed and not self.unfinished and any(r.status == "pass" and not r.always for r in self.results)
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether --select named no case that could be run, and nothing failed all the same."""
+        return not self.failed and all(r.status in ("skip", "runner") or r.always for r in self.results)
 
     @property
     def unfinished(self) -> bool:

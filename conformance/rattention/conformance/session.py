@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rattention.conformance import backends, vectors
 from rattention.conformance.case import Case
-from rattention.conformance.context import Broken, Context, Refused, storage_of
+from rattention.conformance.context import Broken, Context, Moot, Refused, storage_of
 from rattention.conformance.diagnose import diagnose
 from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Oracle
@@ -31,7 +31,10 @@ class Unit:
 
 @dataclass
 class UnitResult:
-    """What became of a unit. status: pass, fail, unsupported, skip, or runner: see `Session.runners_own`."""
+    """What became of a unit. status: pass, fail, unsupported, skip, or runner: see `Session.runners_own`.
+
+    clauses: those that the case could have broken. always: it ran though --select does not name it.
+    """
 
     index: int
     property_name: str
@@ -44,6 +47,7 @@ class UnitResult:
     seconds: float = 0.0
     calls: int = 0
     shares: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    always: bool = False
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Session:
         self.plan = plan
         self.select = select
         self.ctx = Context(backend, describe, plan, oracle)
+        self.moot = False
 
     def run(self, unit: Unit) -> UnitResult:
         """One unit. A fault of the suite itself is not caught: it is no verdict on the backend."""
@@ -83,32 +88,42 @@ class Session:
         result = UnitResult(unit.index, unit.property_name, unit.recipe.op, unit.recipe.dtype, "skip")
         if case is None:
             return result
-        clauses = (*case.clauses, *backends.wire_clauses(self.ctx.backend))
-        clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
-        if not self.selected(prop, case, clauses) or not self.concerns(case):
+        if not self.selected(prop, case) or not self.concerns(case):
             return result
-        held = backends.held(self.ctx.backend)
         result.op, result.dtype = case.op, storage_of(case)
-        result.clauses = tuple(label for label in clauses if label not in held)
         if case.op not in load().operations:
             result.dtype = "any"
         result.reason = self.runners_own(case)
         if result.reason:
-            result.status, result.clauses = "runner", ()
+            result.status = "runner"
             return result
         calls = self.ctx.calls
+        self.ctx.held = set()
+        result.always = not self.named(prop, case)
         result.violations, result.reason = self.verdict(prop, case)
+        if self.moot and not result.violations:
+            return result
         result.status = "fail" if result.violations else "unsupported" if result.reason else "pass"
+        held = self.ctx.held | set(case.clauses) | set(backends.wire_clauses(self.ctx.backend))
+        held -= set(backends.held(self.ctx.backend))
+        result.clauses = tuple(label for label in load().clauses if label in held)
         result.calls = self.ctx.calls - calls
         result.shares, self.ctx.shares = self.ctx.shares, {}
         result.seconds = time.perf_counter() - begin
         return result
 
-    def selected(self, prop: Property, case: Case, clauses: tuple[str, ...]) -> bool:
+    def selected(self, prop: Property, case: Case) -> bool:
         """Whether --select keeps the case: a clause, the letters of a group of clauses, an operation, a property."""
+        # What a backend says of itself decides which cases there are, whatever is selected.
+        return case.params.get("what") == "describe" or self.named(prop, case)
+
+    def named(self, prop: Property, case: Case) -> bool:
+        """Whether --select names the case, or nothing is selected."""
         wanted = self.select
         if not wanted:
             return True
+        clauses = (*case.clauses, *backends.wire_clauses(self.ctx.backend))
+        clauses += ("BCK-4",) if self.ctx.describe.get("kernels") else ()
         names = {case.op, case.base_op, prop.name, case.property_name, *clauses}
         return wanted in names or any(label.startswith(wanted + "-") for label in clauses)
 
@@ -128,8 +143,9 @@ class Session:
         return ""
 
     def verdict(self, prop: Property, case: Case) -> tuple[list[Violation], str]:
-        """Violations, and the reason where the backend refused with every right to it."""
-        ctx = self.ctx
+        """Violations, and the reason where the backend refused with every right to it. `moot` says of the last one
+        whether the case asked for nothing."""
+        ctx, self.moot = self.ctx, False
         ctx.violations = []
         found: list[Violation] = []
         reason = ""
@@ -138,6 +154,8 @@ class Session:
                 found = prop.check(ctx, case)
         except Refused as refusal:
             reason = str(refusal)
+        except Moot:
+            self.moot = True
         except Broken:
             pass
         found, ctx.violations = [*ctx.violations, *found], []

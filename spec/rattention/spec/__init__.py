@@ -3,10 +3,11 @@
 from rattention.spec.backend import Backend, Result
 from rattention.spec.errors import SpecError, Unsupported
 from rattention.spec.operations import REQUIRED, Attribute, BadInput, Operation, Spec, Tensor, load
-from rattention.spec.validation import Call, dtype_name, validate
+from rattention.spec.validation import UNREAD, Call, dtype_name, validate
 
 __all__ = [
     "REQUIRED",
+    "UNREAD",
     "Attribute",
     "Backend",
     "BadInput",

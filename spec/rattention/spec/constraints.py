@@ -29,17 +29,17 @@ def check_shapes(op: str, given: Mapping[str, Any], attrs: Mapping[str, Any], di
 
 
 def check_values(
-    op: str, host: Mapping[str, Any], given: Mapping[str, Any], attrs: Mapping[str, Any], dims: Mapping[str, int]
+    op: str, host: Mapping[str, np.ndarray], given: Mapping[str, Any], attrs: Mapping[str, Any], dims: Mapping[str, int]
 ) -> None:
-    """ERR-8 to ERR-11: `host` holds the integer tensors as NumPy arrays."""
+    """ERR-8 to ERR-11: `host` holds the integer tensors that can be looked at."""
     segment_ids = host.get("segment_ids")
     if segment_ids is not None:
-        _segments(op, np.asarray(segment_ids))
+        _segments(op, segment_ids)
     if "lengths" in host:
-        lengths = np.asarray(host["lengths"])
+        lengths = host["lengths"]
         _range(op, "lengths", lengths, 0, dims["T"], f"0 <= lengths <= T={dims['T']}", "ERR-10")
     if "cache_length" in host:
-        length = np.asarray(host["cache_length"])
+        length = host["cache_length"]
         top = INT32_MAX - dims["T"] if attrs["window"] is not None else dims["W"]
         bound = (
             f"T more than which int32 holds ({top})"
@@ -52,14 +52,14 @@ def check_values(
 
 
 def _rows(
-    op: str, host: Mapping[str, Any], segment_ids: Any, given: Mapping[str, Any], dims: Mapping[str, int]
+    op: str, host: Mapping[str, np.ndarray], segment_ids: Any, given: Mapping[str, Any], dims: Mapping[str, int]
 ) -> None:
     """ERR-9: every row of the table that a real token reads exists."""
     rows = dims["M"]
     if "positions" in given:
         if "positions" in host and ("segment_ids" in host or "segment_ids" not in given):
-            positions = np.asarray(host["positions"])
-            live = np.ones_like(positions, bool) if segment_ids is None else np.asarray(segment_ids) != 0
+            positions = host["positions"]
+            live = np.ones_like(positions, bool) if segment_ids is None else segment_ids != 0
             _range(
                 op,
                 "positions",
@@ -71,13 +71,13 @@ def _rows(
             )
         return
     if "cache_length" in given:
-        if "cache_length" not in host:
+        if "cache_length" not in host or ("lengths" in given and "lengths" not in host):
             return
-        new = np.asarray(host["lengths"]) if "lengths" in host else np.full(dims["B"], dims["T"])
+        new = host["lengths"] if "lengths" in host else np.full(dims["B"], dims["T"])
         # With no new token nothing but the cached keys is rotated, and with no query neither are they.
-        needed = int(np.max(np.where(new > 0, np.asarray(host["cache_length"], np.int64) + new, 0), initial=0))
+        needed = int(np.max(np.where(new > 0, host["cache_length"].astype(np.int64) + new, 0), initial=0))
     elif segment_ids is not None:
-        needed = longest_segment(np.asarray(segment_ids))
+        needed = longest_segment(segment_ids)
     else:  # no ids: check_shapes has compared T; ids that are not on the host: nobody can
         return
     _rows_for(op, needed, dims)

@@ -15,7 +15,10 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of an operation. `shape` is a tuple of dimension symbols, `dtype` a dtype class of operations.toml."""
+    """One tensor of an operation. `shape` is a tuple of dimension symbols, `dtype` a dtype class of operations.toml.
+
+    `capability` is the one that a backend lists if it takes the tensor, "" where every backend does.
+    """
 
     name: str
     shape: tuple[str, ...]
@@ -23,6 +26,7 @@ class Tensor:
     optional: bool = False
     differentiable: bool = False
     about: str = ""
+    capability: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,10 @@ class Spec:
         """The clauses that a conformance suite judges a backend by: all but those of `library`."""
         return {label: text for label, text in self.clauses.items() if label not in self.library}
 
-    def needs(self, given: Iterable[str]) -> set[str]:
-        """Names of the capabilities that a call with the tensors `given` calls on (BCK-1)."""
-        names = set(given)
-        return {capability for capability, tensors in self.capabilities.items() if names & set(tensors)}
+    def needs(self, operation: str, given: Iterable[str]) -> set[str]:
+        """Names of the capabilities that a call of an operation with the tensors `given` calls on (BCK-1)."""
+        tensors = self.operations[operation].tensor
+        return {tensors[name].capability for name in given if name in tensors} - {""}
 
 
 def operations_file() -> Path:
@@ -171,6 +175,8 @@ def _operation(name: str, entry: dict[str, Any], raw: dict[str, Any]) -> Operati
             optional,
             t.get("differentiable", False),
             t["about"],
+            # By its key: the positions that rope_table tabulates are no optional tensor of a call.
+            next((name for name, entry in raw["capabilities"].items() if key in entry["tensors"]), ""),
         )
 
     def attribute(key: str, default: Any) -> Attribute:

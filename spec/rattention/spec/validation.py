@@ -7,30 +7,53 @@ tensors, constraints on values. The first that fails is reported.
 from __future__ import annotations
 
 import difflib
-import math
+import enum
 import operator
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from rattention.spec import constraints
 from rattention.spec.errors import SpecError
 from rattention.spec.operations import REQUIRED, Attribute, Operation, Tensor, load
 
+SMALLEST = 2.0**-126
+"""The smallest normal number of float32; what lies below it some hardware takes for 0."""
+TOO_LARGE = 2.0**128 - 2.0**103
+"""The smallest number that rounds to an infinity in float32."""
+
 POSITIVE_DIMS = frozenset({"H", "Hq", "Hkv", "D", "Dv"})
+
+
+class _Unread(enum.Enum):
+    """One value of a type of its own, so that no array, None or False can stand in its place by accident."""
+
+    UNREAD = "UNREAD"
+
+    def __repr__(self) -> str:
+        return "UNREAD"
+
+
+UNREAD = _Unread.UNREAD
+"""Says to `validate` that the values of an integer tensor, or of all of them, cannot be read where it is called."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A validated call: the operation, its attributes with defaults filled in, size of each dimension symbol."""
+    """A validated call: the operation, its attributes with defaults filled in, size of each dimension symbol.
+
+    `unread` names the integer tensors whose values were not looked at: ERR-8 to ERR-11 are unchecked for them.
+    """
 
     operation: Operation
     attributes: dict[str, Any]
     dims: dict[str, int]
     given: frozenset[str]
     storage: str
+    unread: tuple[str, ...] = ()
 
     def output_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every output this call has."""
@@ -57,7 +80,7 @@ def validate(
     tensors: Mapping[str, Any],
     attributes: Mapping[str, Any],
     *,
-    host: Mapping[str, Any] | None = None,
+    host: Mapping[str, np.ndarray | Literal[_Unread.UNREAD]] | Literal[_Unread.UNREAD] | None = None,
     extra_dtypes: tuple[str, ...] = (),
     array: tuple[str, type | tuple[type, ...]] | None = None,
     devices: Mapping[str, str] | None = None,
@@ -68,8 +91,10 @@ def validate(
         operation: a name of operations.toml, `.vjp` included.
         tensors: arrays of any framework with `.shape` and `.dtype`; `None` stands for an absent optional.
         attributes: as given by the caller.
-        host: integer tensors as NumPy arrays, for the checks that need values (ERR-8 .. ERR-11); without it only
-            shapes, dtypes and attributes are checked.
+        host: where the values of integer tensors come from, which ERR-8 to ERR-11 need. Left out, they are read from
+            `tensors`, and each must be a NumPy array. A library whose tensors are something else passes a NumPy copy
+            of each by name, with `UNREAD` for one that cannot be read, such as a traced one. `UNREAD` in place of the
+            mapping says that no values are looked at. `Call.unread` names what was not.
         extra_dtypes: storage dtypes accepted beyond the specification's, say float64 for a gradient check.
         array: what a library takes as a tensor, in words and as types, such as `("a torch.Tensor", torch.Tensor)`
             (ERR-14). Without it anything with a shape and a dtype is one. A NumPy masked array never is.
@@ -77,6 +102,8 @@ def validate(
 
     Raises:
         SpecError: the first broken constraint.
+        TypeError: an integer tensor is no NumPy array, and `host` does not say what to do about it: a mistake of the
+            caller's code, whatever the call.
     """
     op = load().operations.get(operation)
     if op is None:
@@ -99,11 +126,35 @@ def validate(
             )
     storage = _dtypes(op, given, extra_dtypes)
     dims = _dims(op, given, attrs)
-    call = Call(op, attrs, dims, frozenset(given), storage)
     constraints.check_shapes(op.name, given, attrs, dims)
-    if host:
-        constraints.check_values(op.name, {k: host[k] for k in host if host[k] is not None}, given, attrs, dims)
-    return call
+    values, unread = _values(op, given, host)
+    constraints.check_values(op.name, values, given, attrs, dims)
+    return Call(op, attrs, dims, frozenset(given), storage, unread)
+
+
+def _values(
+    op: Operation, given: Mapping[str, Any], host: Mapping[str, Any] | _Unread | None
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The integer tensors that can be looked at, as NumPy arrays, and the names of the others."""
+    values: dict[str, np.ndarray] = {}
+    unread: list[str] = []
+    if op.name == "rope_table":  # any position can be tabulated: there is nothing to look at
+        return values, ()
+    for spec, t in _pairs(op, given):
+        if spec.dtype != "int32":
+            continue
+        found = UNREAD if host is UNREAD else (host or {}).get(spec.name, t)
+        if found is UNREAD:
+            unread.append(spec.name)
+        elif isinstance(found, np.ndarray):
+            values[spec.name] = found
+        else:
+            kind = f"{type(found).__module__}.{type(found).__qualname__}"
+            raise TypeError(
+                f"validate: {op.name}: the values of {spec.name} are needed, and it is a {kind}: pass them as a NumPy "
+                f"array, host={{{spec.name!r}: ...}}, or say host={{{spec.name!r}: UNREAD}}"
+            )
+    return values, tuple(unread)
 
 
 def _pairs(op: Operation, given: Mapping[str, Any]) -> list[tuple[Tensor, Any]]:
@@ -185,7 +236,7 @@ def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
         number = operator.index(value) if kind == "int" else float(value)
     except (TypeError, ValueError, OverflowError):
         raise error from None
-    if kind != "int" and not math.isfinite(number):
+    if kind != "int" and not _normal(number):
         raise error
     if spec.minimum is not None and number < spec.minimum:
         raise error
@@ -194,6 +245,11 @@ def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
     if spec.multiple_of is not None and number % spec.multiple_of:
         raise error
     return number
+
+
+def _normal(number: float) -> bool:
+    """Whether float32 holds the number, rounded, as 0 or a finite normal one. What flushes or overflows is none."""
+    return number == 0 or SMALLEST <= abs(number) < TOO_LARGE
 
 
 def _holds_a_bool(value: Any) -> bool:

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rattention.jax import xla
-from rattention.jax.dispatch import INTEGERS
 from rattention.jax.table import rope_table
 from rattention.jax.xla.plan import CHUNK
-from rattention.spec import Call, Result, Unsupported, load, validate
+from rattention.spec import UNREAD, Call, Result, Unsupported, load, validate
 
 
 class Adapter:
@@ -49,7 +48,7 @@ class Adapter:
 
     def run(self, op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> Result:
         given = {name: t for name, t in tensors.items() if t is not None}
-        call = validate(op, given, attrs, host={name: given[name] for name in INTEGERS if name in given})
+        call = validate(op, given, attrs)
         if op == "rope_table":
             outputs = dict(
                 zip(("rope_cos", "rope_sin"), rope_table(given["positions"], **call.attributes), strict=True)
@@ -81,7 +80,7 @@ def _program(
     forward_op = op.removesuffix(".vjp")
 
     def forward(tensors: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
-        call = validate(forward_op, tensors, dict(static))
+        call = validate(forward_op, tensors, dict(static), host=UNREAD)
         call = dataclasses.replace(call, attributes=call.attributes | dict(static) | numbers)
         return implementation.run(call, tensors, None)
 

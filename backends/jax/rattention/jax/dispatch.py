@@ -23,7 +23,7 @@ import numpy as np
 from rattention.jax import meshes, missing, xla
 from rattention.jax.constants import constants
 from rattention.jax.xla.plan import named_precision
-from rattention.spec import Call, SpecError, Unsupported, load, validate
+from rattention.spec import UNREAD, Call, SpecError, Unsupported, load, validate
 
 INTEGERS = ("positions", "segment_ids", "cache_length", "lengths")
 ARRAYS = (jax.Array, np.ndarray)
@@ -58,17 +58,16 @@ def check(
     given = {name: unwrapped(t) for name, t in tensors.items() if t is not None}
     attributes = {name: plain(op, name, value) for name, value in attrs.items()}
     readable = {name: t for name, t in given.items() if name in INTEGERS and isinstance(t, ARRAYS)}
-    host = _host(readable, check_values)
     call = validate(
         op,
         given,
         attributes,
-        host=host,
+        host=_host(readable, check_values),
         extra_dtypes=extra_dtypes(),
         array=("a jax.Array or numpy.ndarray", ARRAYS),
         devices=places(given),
     )
-    return call, {name: on_device(t) for name, t in given.items()}, host.keys() == readable.keys()
+    return call, {name: on_device(t) for name, t in given.items()}, not call.unread
 
 
 def compute(
@@ -96,12 +95,12 @@ def _program(
     arrays: dict[str, jax.Array],
 ) -> dict[str, jax.Array]:
     def local(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        call = validate(op, arrays, dict(static), extra_dtypes=extra_dtypes())
+        call = validate(op, arrays, dict(static), host=UNREAD, extra_dtypes=extra_dtypes())
         if rows_exist:
             return implementation.run(call, arrays, precision)
         return missing.run(lambda arrays: implementation.run(call, arrays, precision), call, arrays)
 
-    call = validate(op, arrays, dict(static), extra_dtypes=extra_dtypes())
+    call = validate(op, arrays, dict(static), host=UNREAD, extra_dtypes=extra_dtypes())
     arrays = constants(call.operation, arrays)
     if implementation is not xla:  # the compiler cannot partition a kernel
         return meshes.on_each_device(local, call, arrays)
@@ -170,9 +169,9 @@ def on_device(t: Any) -> jax.Array:
     return t if isinstance(t, jax.Array) else jax.device_put(t)
 
 
-def _host(given: Mapping[str, Any], check_values: bool) -> dict[str, np.ndarray]:
-    """The integer tensors whose values can be read without waiting for a device."""
-    found = {}
+def _host(given: Mapping[str, Any], check_values: bool) -> dict[str, Any]:
+    """The values of the integer tensors that can be read without waiting for a device; `UNREAD` for the others."""
+    found: dict[str, Any] = dict.fromkeys(given, UNREAD)
     for name, t in given.items():
         if isinstance(t, jax.core.Tracer):
             if check_values:

@@ -13,9 +13,8 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from rattention.jax import pallas
 from rattention.jax.adapter import Adapter
-from rattention.jax.dispatch import INTEGERS
 from rattention.jax.pallas import calls, config, decode, ops, watch
-from rattention.spec import Call, Result, Unsupported, load, validate
+from rattention.spec import UNREAD, Call, Result, Unsupported, load, validate
 
 
 class PallasAdapter(Adapter):
@@ -38,7 +37,7 @@ class PallasAdapter(Adapter):
 
     def run(self, op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> Result:
         given = {name: t for name, t in tensors.items() if t is not None}
-        call = validate(op, given, attrs, host={name: given[name] for name in INTEGERS if name in given})
+        call = validate(op, given, attrs)
         reason = ops.unsupported(call, given)
         if reason is not None:
             raise Unsupported(reason)
@@ -95,7 +94,7 @@ def _program(
     operands = [n for n in PallasAdapter.operands if n in spec.attribute and n not in none]
 
     def forward(tensors: dict[str, Any], numbers: dict[str, Any]) -> dict[str, Any]:
-        call: Call = validate(spec.name, tensors, dict(static))
+        call: Call = validate(spec.name, tensors, dict(static), host=UNREAD)
         call = dataclasses.replace(call, attributes=call.attributes | dict(static) | numbers)
         return ops.run(call, tensors)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from rattention.numpy import recurrent
-from rattention.numpy.quadratic import INTEGERS
 from rattention.numpy.storage import round_once
 from rattention.spec import Result, dtype_name, load, validate
 
@@ -34,8 +33,7 @@ class NumpyBackend:
         Raises:
             SpecError: the call is invalid; float64 tensors are (ERR-4).
         """
-        host = {n: tensors[n] for n in INTEGERS if tensors.get(n) is not None}
-        call = validate(op, tensors, attrs, host=host, array=("a numpy.ndarray", np.ndarray))
+        call = validate(op, tensors, attrs, array=("a numpy.ndarray", np.ndarray))
         given = {name: np.asarray(x) for name, x in tensors.items() if x is not None}
         dtypes = call.output_dtypes({name: dtype_name(x) for name, x in given.items()})
         values = recurrent.run(op, given, attrs)

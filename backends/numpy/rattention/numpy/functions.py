@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from rattention.numpy import recurrent
-from rattention.numpy.quadratic import INTEGERS
 from rattention.numpy.storage import DTYPES, round_once
 from rattention.spec import dtype_name, validate
 
@@ -74,8 +73,7 @@ class Cache:
 
 
 def _call(op: str, tensors: dict[str, Any], attrs: dict[str, Any]) -> dict[str, Tensor]:
-    host = {n: tensors[n] for n in INTEGERS if tensors.get(n) is not None}
-    call = validate(op, tensors, attrs, host=host, extra_dtypes=("float64",), array=("a numpy.ndarray", np.ndarray))
+    call = validate(op, tensors, attrs, extra_dtypes=("float64",), array=("a numpy.ndarray", np.ndarray))
     given = {name: np.asarray(x) for name, x in tensors.items() if x is not None}  # subclasses compute otherwise
     dtypes = call.output_dtypes({name: dtype_name(x) for name, x in given.items()})
     if call.storage == "float64":

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rattention.spec import Call, SpecError, Unsupported, validate
+from rattention.spec import UNREAD, Call, SpecError, Unsupported, validate
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -48,19 +48,18 @@ def check(
     for name, t in given.items():
         refuse_exotic(operation, name, t)
     integers = {name: t for name, t in given.items() if t.dtype in INTEGERS}
-    read = {name: t for name, t in integers.items() if on_host(t) or (check_values and has_values(t))}
+    read = {name for name, t in integers.items() if on_host(t) or (check_values and has_values(t))}
     call = validate(
         operation,
         tensors,
         {name: number(value) for name, value in attributes.items()},
-        host={name: values(t) for name, t in read.items()},
+        host={name: values(t) if name in read else UNREAD for name, t in integers.items()},
         extra_dtypes=EXTRA_DTYPES,
         array=("a torch.Tensor", Tensor),
         devices={name: str(t.device) for name, t in given.items()},
     )
-    unread = next((name for name in integers if name not in read), None)
-    if check_values and unread is not None:
-        raise Unsupported(f"check_values=True needs the values of {unread}, which is traced or has none")
+    if check_values and call.unread:
+        raise Unsupported(f"check_values=True needs the values of {call.unread[0]}, which is traced or has none")
     refuse_gradients_of_constants(call, given)
     if call.attributes.get("window") is not None:
         call.attributes["window"] = min(call.attributes["window"], LONGEST)

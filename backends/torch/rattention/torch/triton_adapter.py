@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rattention.spec import Result, Unsupported, load
-from rattention.torch.adapter import VERSION, check, run_operations
+from rattention.spec import Result, Unsupported, load, validate
+from rattention.torch.adapter import VERSION, run_operations
 
 
 class TritonBackend:
@@ -38,7 +38,7 @@ class TritonBackend:
         }
 
     def run(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> Result:
-        call = check(op, tensors, attrs)
+        call = validate(op, tensors, attrs)
         _refuse_without_a_device()
         from rattention.torch.triton import operations
         from rattention.torch.triton.launch import recording

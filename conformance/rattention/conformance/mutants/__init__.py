@@ -19,6 +19,7 @@ FAMILIES = (
     "cache",
     "corners",
     "contract",
+    "declarations",
     "wire",
 )
 for _family in FAMILIES:  # each module plants its mutants when it is imported

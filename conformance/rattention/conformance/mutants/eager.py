@@ -201,8 +201,7 @@ class Form:
         one, two = np.split(d, 2, axis=-1)
         if kind == "softmax":
             return _softmax_vjp(_softmax(x), one) - _softmax_vjp(_softmax(-x), two)
-        # NaN is not <= 0: it passes (NUM-5).
-        return np.where(~(x <= 0), one, 0) - np.where(~(x >= 0), two, 0)
+        return np.where(x > 0, one, 0) - np.where(x < 0, two, 0)  # FM-6, at NaN too
 
     def scaled(self, x: np.ndarray, name: str) -> np.ndarray:
         scale = self.get(name)

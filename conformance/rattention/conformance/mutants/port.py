@@ -47,8 +47,7 @@ class Port:
             return self.pack(call, given, outputs)
 
     def check(self, op: str, tensors: Mapping[str, Any], attrs: Mapping[str, Any]) -> Call:
-        integers = {n: np.asarray(t) for n, t in tensors.items() if t is not None and np.asarray(t).dtype == np.int32}
-        return validate(op, tensors, attrs, host=integers)
+        return validate(op, tensors, attrs)
 
     def compute(self, call: Call, tensors: Arrays) -> Arrays:
         return self.form(call, tensors).run()

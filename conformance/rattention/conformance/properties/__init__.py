@@ -3,6 +3,7 @@
 from rattention.conformance.properties import (
     agreement,
     contract,
+    declared,
     drift,
     exact,
     inert,
@@ -13,6 +14,7 @@ from rattention.conformance.properties import (
     stop,
     stored,
     symmetry,
+    values,
 )
 from rattention.conformance.properties.base import REGISTRY, Property, make_case
 
@@ -21,6 +23,7 @@ __all__ = [
     "Property",
     "agreement",
     "contract",
+    "declared",
     "drift",
     "exact",
     "inert",
@@ -32,4 +35,5 @@ __all__ = [
     "stop",
     "stored",
     "symmetry",
+    "values",
 ]

@@ -1,4 +1,4 @@
-"""The contract between backend and runner: refusals, what describe() says, odd calls that are legal, empty sizes."""
+"""The contract between backend and runner: refusals of bad input, odd calls that are legal, empty sizes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from rattention.conformance.badcalls import bad_call, bad_names, base_call
+from rattention.conformance.badcalls import bad_call, bad_names, base_call, everything
 from rattention.conformance.case import Case
-from rattention.conformance.context import Context, PortFailure
-from rattention.conformance.description import foreign, limit_fault, names, plain
+from rattention.conformance.context import Context, Moot, PortFailure
+from rattention.conformance.description import names
 from rattention.conformance.features import exercised
 from rattention.conformance.judge import Violation
 from rattention.conformance.properties.base import register
 from rattention.conformance.strategies import Plan, Recipe, build
-from rattention.conformance.strategies.plan import COSTS, DTYPES, supported
+from rattention.conformance.strategies.plan import DTYPES, supported
 from rattention.conformance.strategies.pools import OPTIONS
-from rattention.conformance.told import by_user, crash, reason_of, shown, told
+from rattention.conformance.told import by_user, told
 from rattention.spec import SpecError, Unsupported, load
 
 ERRORS = tuple(label for label in load().judged if label.startswith("ERR") and label not in ("ERR-12", "ERR-13"))
@@ -29,17 +29,24 @@ def _draw_bad(plan: Plan) -> Iterator[Recipe]:
         for i, dtype in enumerate(plan.dtypes if plan.profile != "smoke" else plan.dtypes[:1]):
             if dtype == "float32" or i == 1 + (n + plan.seed) % 2 or plan.cost == "direct":
                 seed = int(plan.rng("bad", op, dtype).integers(0, 2**31))
+                options = tuple(o for o in everything(op) if plan.allows(o))
                 for entry, target in bad_names(op):
-                    yield Recipe(op, dtype, seed=seed, extra=(entry, target))
+                    yield Recipe(op, dtype, seed=seed, options=options, extra=(entry, target))
 
 
 def _make_bad(plan: Plan, recipe: Recipe) -> Case | None:
     entry, target = recipe.extra
-    bad = bad_call(recipe.op, recipe.dtype, recipe.seed, entry, target)
+    bad = bad_call(recipe.op, recipe.dtype, recipe.seed, entry, target, recipe.options)
     if bad is None:
         return None
     clauses = tuple(dict.fromkeys((bad.clause, bad.raised_clause, "BCK-5")))
-    params = {"text": bad.text, "entry": entry, "target": target, "dtype": recipe.dtype}
+    params = {
+        "text": bad.text,
+        "entry": entry,
+        "target": target,
+        "dtype": recipe.dtype,
+        "options": list(recipe.options),
+    }
     return Case(recipe.op, bad.tensors, bad.attrs, f"bad input {entry} ({target})", recipe.seed, clauses, params=params)
 
 
@@ -52,7 +59,7 @@ def check_bad(ctx: Context, case: Case) -> list[Violation]:
     clauses = case.clauses
     ctx.calls += 1
     if case.op not in names(ctx.describe, "operations"):
-        return []
+        raise Moot(f"{case.op} is not declared")
     try:
         ctx.call(case.op, case.tensors, case.attrs)
     except SpecError as error:
@@ -63,8 +70,10 @@ def check_bad(ctx: Context, case: Case) -> list[Violation]:
     except PortFailure as failure:
         return [Violation((failure.clause, *clauses), f"{entry}: {failure}", "crash")]
     except Unsupported as refusal:
-        if any(ctx.entitled(case.op, *base_call(case.op, dtype, case.seed or 0)) for dtype in _storages(case)):
-            return []  # both invalid and beyond the backend: no one right answer
+        options = case.params.get("options")  # files of earlier versions do not say
+        base = [base_call(case.op, dtype, case.seed or 0, options) for dtype in _storages(case)]
+        if any(ctx.entitled(case.op, *call) for call in base):
+            raise Moot("both invalid and beyond the backend: no one right answer") from None
         message = f"{entry}: Unsupported({told(refusal)}) for an invalid call, expected {want!r}"
         return [Violation(clauses, message, "refusal")]
     except BaseException as error:
@@ -88,117 +97,6 @@ def _untouched(case: Case, before: Mapping[str, np.ndarray]) -> list[Violation]:
     return [Violation(("ERR-13",), f"a refused call changed its input {n}", "mutation", n) for n in changed]
 
 
-# ---------------------------------------------------------------------------------------------- describe()
-
-
-def _draw_describe(plan: Plan) -> Iterator[Recipe]:
-    yield Recipe("rattention", extra=("describe",))
-    for op in load().operations:
-        if op not in plan.operations:
-            yield Recipe(op, extra=("unsupported",))
-            continue
-        for dtype in DTYPES:
-            if dtype not in plan.dtypes:
-                yield Recipe(op, dtype, extra=("beyond",))
-        for option in OPTIONS.get(op.removesuffix(".vjp"), ()):
-            if not plan.allows(option):
-                yield Recipe(op, plan.dtypes[0], options=(option,), extra=("beyond",))
-
-
-def _make_describe(plan: Plan, recipe: Recipe) -> Case:
-    if recipe.extra[:1] == ("describe",):
-        return Case(recipe.op, {}, {}, "describe()", params={"what": "describe"}, clauses=("BCK-1",))
-    case = build(recipe)
-    case.params = {"what": recipe.extra[0]}
-    case.clauses = ("BCK-3",)
-    return case
-
-
-TYPES: dict[str, Any] = {
-    "name": str,
-    "version": str,
-    "spec_version": str,
-    "operations": (list, tuple),
-    "dtypes": (list, tuple),
-    "capabilities": (list, tuple),
-    "tile_sizes": Mapping,
-    "limits": Mapping,
-}
-
-
-@register("description", "describe() is whole, and what it leaves out is refused", ("BCK-1", "BCK-3"), _draw_describe,
-          _make_describe, shrinks=False)  # fmt: skip
-def check_describe(ctx: Context, case: Case) -> list[Violation]:
-    """Keys, types and known names; Unsupported, with a reason, for an operation that is not declared."""
-    if case.params["what"] == "describe":
-        return _description(ctx)
-    if case.params["what"] == "beyond" or case.op in names(ctx.describe, "operations"):
-        # Not declared: a refusal is right, and so is the right answer; an option that is quietly ignored is not.
-        got = ctx.run(case.op, case.tensors, case.attrs)
-        return ctx.judge(case, got, ctx.bounds(case.op, case.tensors, case.attrs), ("BCK-3", "BCK-1"), record=False)
-    try:
-        ctx.call(case.op, case.tensors, case.attrs)
-    except Unsupported as refusal:
-        if reason_of(refusal):
-            return []
-        return [Violation(("BCK-3",), f"{case.op}: Unsupported without a reason", "refusal")]
-    except BaseException as error:
-        if by_user(error):
-            raise
-        message = f"{case.op} is not declared: expected Unsupported, got {type(error).__name__}: {told(error)}"
-        return [Violation(("BCK-3",), message, "refusal")]
-    return [Violation(("BCK-3", "BCK-1"), f"{case.op} is not declared, yet it ran", "refusal")]
-
-
-def _description(ctx: Context) -> list[Violation]:
-    about, spec, found = ctx.describe, load(), []
-
-    def wrong(text: str) -> None:
-        found.append(Violation(("BCK-1",), f"describe(): {text}", "structure"))
-
-    for key, kind in TYPES.items():
-        if key not in about:
-            wrong(f"key {key!r} is missing")
-        elif not isinstance(about[key], kind):
-            wrong(f"{key} is {type(about[key]).__name__}: {shown(about[key])}")
-        elif foreign(about[key]):
-            wrong(f"{key} is or holds {foreign(about[key])}")
-    if told(about.get("spec_version")) != spec.version:
-        wrong(f"spec_version {shown(about.get('spec_version'))}, this suite checks {spec.version!r}")
-    known = {"operations": set(spec.operations), "dtypes": set(spec.storage_dtypes)}
-    for key, allowed in known.items():
-        values = about.get(key) if isinstance(about.get(key), list | tuple) else ()
-        for name in values or ():
-            if not isinstance(name, str) or name not in allowed:
-                wrong(f"{key} holds {shown(name)}, which the specification does not know")
-        if key in about and not values:
-            wrong(f"{key} is empty")
-    capable = about.get("capabilities")
-    if isinstance(capable, list | tuple) and not all(isinstance(name, str) for name in capable):
-        wrong(f"capabilities must be a list of names, not {shown(capable)}")
-    tiles = about.get("tile_sizes")
-    for key in ("T", "window", "D"):
-        sizes = tiles.get(key) if isinstance(tiles, Mapping) else None
-        if not isinstance(sizes, list | tuple) or not all(isinstance(s, int) and s > 0 for s in sizes):
-            wrong(f"tile_sizes[{key!r}] must be a list of positive ints, not {shown(sizes)}")
-    limits = about.get("limits")
-    for name, bound in (limits if isinstance(limits, Mapping) else {}).items():
-        if limit_fault(bound):
-            wrong(f"the limit of {name} {limit_fault(bound)}")
-    if "kernels" in about and not isinstance(about["kernels"], list | tuple):
-        wrong(f"kernels is {type(about['kernels']).__name__}: {shown(about['kernels'])}")
-    if "cost" in about and about["cost"] not in COSTS:
-        wrong(f"cost is {shown(about['cost'])}, expected one of {', '.join(COSTS)}")
-    try:
-        if plain(ctx.backend.describe()) != plain(about):
-            wrong("a second call gives another answer")
-    except BaseException as error:
-        if by_user(error):
-            raise
-        wrong(f"a second call raises {crash(error)}")
-    return found
-
-
 # ---------------------------------------------------------------------------------------------- empty sizes
 
 
@@ -209,16 +107,16 @@ def _draw_empty(plan: Plan) -> Iterator[Recipe]:
             # Each is a program of its own where programs are compiled.
             if i > {"direct": 2, "compiled": 1, "interpreted": 0}[plan.cost] or (i and plan.profile == "smoke"):
                 continue
-            for k, options in enumerate(_option_sets(op)):
+            for k, options in enumerate(_option_sets(plan, op)):
                 if k and plan.cost != "direct":
                     continue
                 window = (2, None, -1, 0)[(n + i + k) % 4]
                 yield Recipe(op, dtype, B=B, T=T, Hkv=2, G=2, window=window, options=options, seed=i, layout="one")
 
 
-def _option_sets(op: str) -> list[tuple[str, ...]]:
+def _option_sets(plan: Plan, op: str) -> list[tuple[str, ...]]:
     base = op.removesuffix(".vjp")
-    options = tuple(o for o in OPTIONS.get(base, ()) if o != "scale")
+    options = tuple(o for o in OPTIONS.get(base, ()) if o != "scale" and plan.allows(o))
     if op.endswith(".vjp"):
         options += ("d_final_state", "d_cache_state") if options else ()
     return [(), options] if options else [()]
@@ -257,7 +155,7 @@ def _draw_odd(plan: Plan) -> Iterator[Recipe]:
                 if plan.has(o):
                     dtype = plan.dtypes[(n + k + plan.seed) % len(plan.dtypes)]
                     seed = int(plan.rng("odd", o, kind).integers(0, 2**31))
-                    options = tuple(x for x in OPTIONS[op] if x != "scale")
+                    options = tuple(x for x in OPTIONS[op] if x != "scale" and plan.allows(x))
                     if plan.cost != "direct" and (n + k) % 4:
                         continue
                     yield Recipe(o, dtype, B=2, T=5, Hkv=1, G=2, window=2, options=options, seed=seed, extra=(kind,))

@@ -14,6 +14,8 @@ from rattention.conformance.strategies import Plan, Recipe, build
 
 STEPS = {"smoke": 40, "quick": 270, "full": 32768}
 INTERPRETED = {"smoke": 4, "quick": 24, "full": 200}
+LONG = 100
+"""Tokens folded into a state from which on 16 bits do not hold it."""
 CACHE = ("cache_k", "cache_v", "cache_state", "cache_length")
 
 
@@ -63,7 +65,10 @@ def _make(plan: Plan, recipe: Recipe) -> Case | None:
     t["cache_length"] = np.zeros_like(t["cache_length"])
     t["cache_state"] = np.zeros_like(t["cache_state"])
     case.params = {"kind": kind}
-    case.clauses = ("NUM-3", "EXT-1", "EXT-5", "EXT-6")
+    folded = recipe.T - max(recipe.window, 0)
+    case.clauses = ("EXT-1", "EXT-6") if recipe.T > 1 else ("EXT-6",)
+    case.clauses += ("EXT-5",) if folded > 0 else ()
+    case.clauses += ("NUM-3",) if folded >= LONG else ()  # fewer terms fit into 16 bits
     return case
 
 

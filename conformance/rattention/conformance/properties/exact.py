@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.context import Context
+from rattention.conformance.features import among
 from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Bounds, half_ulp
 from rattention.conformance.properties.base import register
@@ -85,11 +86,14 @@ def _make_state(plan: Plan, recipe: Recipe) -> Case | None:
     case = build(recipe, plan.token_tiles())
     _integers(case, recipe)
     case.params = {"all": recipe.extra[:1] != ("big",) and case.base_op == "residual_linear_attention"}
-    state = {"rattention_extend": ("NUM-3", "EXT-5"), "rattention": ("NUM-3", "RAT-4", "RLA-6")}
-    case.clauses = state.get(case.base_op, ("NUM-3", "RLA-6", "RLA-2"))
-    if case.is_vjp:
-        case.clauses = ("GRAD-4", "NUM-3", "GRAD-1")
-    return case
+    t, every = case.tensors, case.params["all"]
+    given = {"initial_state", "cache_state", "d_final_state", "d_cache_state"} & set(t)
+    if case.is_vjp and not every and not {"initial_state", "memory"} & set(t):
+        return None  # no gradient of a state, and nothing else is judged
+    labels = ("GRAD-4", "GRAD-1") if case.is_vjp else ("EXT-5", "RAT-4", "RLA-6", *(("RLA-2",) if every else ()))
+    case.clauses = among(case.op, t, case.attrs, labels)
+    case.clauses += ("NUM-3",) if not every and given else ()  # small integers fit into 16 bits
+    return case if case.clauses else None
 
 
 @register(
@@ -150,6 +154,8 @@ def _make_heads(plan: Plan, recipe: Recipe) -> Case | None:
     nothing. The linear branch has weight 0, or, alone, integers whose sum needs more bits than the storage has.
     """
     if recipe.dtype == "float32" or recipe.window != 0 or recipe.feature_map != "identity" or recipe.Dv != 4:
+        return None
+    if recipe.G < 2:
         return None
     case = build(recipe, plan.token_tiles())
     t = case.tensors
@@ -242,8 +248,12 @@ def _make_sums(plan: Plan, recipe: Recipe) -> Case | None:
             if name in t:
                 t[name] = np.zeros_like(t[name])
     t.update(silence(t, window, poison=False))
-    case.clauses = ("NUM-3", "SWA-3") if case.base_op == "sliding_window_attention" else ("RAT-3", "NUM-3")
-    return case
+    alone = case.base_op == "sliding_window_attention"
+    # A window of one token sums nothing, and branches that are float32 anyway are not rounded to storage.
+    case.clauses = ("NUM-3",) if window else ()
+    case.clauses += ("SWA-3",) if alone and window >= 0 else ()
+    case.clauses += ("RAT-3",) if not alone and window and recipe.dtype != "float32" else ()
+    return case if case.clauses else None
 
 
 @register(

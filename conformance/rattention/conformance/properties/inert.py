@@ -39,15 +39,17 @@ def _draw(plan: Plan) -> Iterator[Recipe]:
                     yield recipe.with_(options=options, layout=layout, fill=fill)
 
 
-def _make(plan: Plan, recipe: Recipe) -> Case:
+def _make(plan: Plan, recipe: Recipe) -> Case | None:
     case = build(recipe.without("poison"), plan.token_tiles())
-    if case.base_op == "rattention_extend":
-        case.clauses = ("EXT-7", "EXT-9")
-    else:
-        case.clauses = ("SEG-4", "SEG-5")
-    if case.is_vjp:
-        case.clauses = ("GRAD-5", *case.clauses)
-    return case
+    tokens, slots = inert_tokens(case.tensors), unused_slots(case.tensors)
+    inert, unused = (mask is not None and bool(mask.any()) for mask in (tokens, slots))
+    extend = case.base_op == "rattention_extend"
+    found = ["GRAD-5"] if case.is_vjp else []
+    if inert:
+        found += ["EXT-7"] if extend else ["SEG-5"] if case.is_vjp else ["SEG-4", "SEG-5"]
+    found += ["EXT-9"] if unused else []
+    case.clauses = tuple(found)
+    return case if inert or unused else None
 
 
 @register("inert", "NaN, inf and huge numbers in inert elements change no bit", CLAUSES, _draw, _make)

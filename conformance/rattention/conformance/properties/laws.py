@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.context import Context
+from rattention.conformance.features import among
 from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Bounds
 from rattention.conformance.properties.base import register
@@ -61,8 +62,10 @@ def _make_splits(plan: Plan, recipe: Recipe) -> Case | None:
         longest = max(len(r) for r in rows)
         rows = [r + [0] * (longest - len(r)) for r in rows]
     case.params = {"rows": rows}
-    case.clauses = ("EXT-1", "EXT-5", "EXT-6", *(("EXT-7",) if kind == "ragged" else ()))
-    case.clauses += ("EXT-8",) if "rope_cos" in case.tensors else ()
+    told = among(case.op, case.tensors, case.attrs, ("EXT-5", "EXT-6"))
+    uneven = any(len({row[step] for row in rows}) > 1 for step in range(len(rows[0])))
+    case.clauses = ("EXT-1", *told, *(("EXT-7",) if uneven else ()))
+    case.clauses += ("EXT-8",) if "rope_cos" in case.tensors and recipe.T > 1 else ()
     return case
 
 
@@ -136,7 +139,8 @@ def _make_forward(plan: Plan, recipe: Recipe) -> Case | None:
     if recipe.has("segments") or recipe.has("positions") or recipe.has("initial_state"):
         return None
     case = build(recipe, plan.token_tiles())
-    case.clauses = ("EXT-2", "EXT-5")
+    filled = {**case.tensors, **empty_cache(case.tensors, case.attrs)}
+    case.clauses = ("EXT-2", *among(EXTEND, filled, case.attrs, ("EXT-5", "EXT-9")))
     return case
 
 
@@ -200,13 +204,10 @@ def _make_packing(plan: Plan, recipe: Recipe) -> Case | None:
     if not recipe.has("segments") or recipe.has("positions"):
         return None
     case = build(recipe, plan.token_tiles())
-    base = case.base_op
-    case.clauses = () if base == "residual_linear_attention" else ("SEG-1",)
-    case.clauses += () if base == "sliding_window_attention" else ("SEG-2", "SEG-7")
-    case.clauses += ("SEG-3",) if "rope_cos" in case.tensors else ()
-    case.clauses += ("SEG-6",) if "initial_state" in case.tensors else ()
-    case.clauses = ("GRAD-2", *case.clauses) if case.is_vjp else case.clauses
-    return case
+    labels = ("SEG-1", "SEG-2", "SEG-3", "SEG-6")
+    labels = ("GRAD-2", *labels) if case.is_vjp else (*labels, "SEG-7")
+    case.clauses = among(case.op, case.tensors, case.attrs, labels)
+    return case if set(case.clauses) - {"GRAD-2"} else None
 
 
 @register(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.context import Context
+from rattention.conformance.features import among
 from rattention.conformance.judge import Violation, heat
 from rattention.conformance.masks import Reads, reads
 from rattention.conformance.properties.agreement import FILLS
@@ -38,6 +39,12 @@ CLAUSES = (
     *("SWA-1", "SWA-5", "SWA-6", "RLA-1", "RLA-6", "RLA-7", "RLA-9", "RAT-2", "RAT-4"),
     *("SEG-1", "SEG-2", "SEG-4", "SEG-7", "EXT-4", "EXT-5", "EXT-6", "EXT-7", "EXT-9", "EXT-10"),
 )
+
+FORWARD: dict[str | None, tuple[str, ...]] = {
+    "softmax": ("SWA-1", "SWA-5", "SWA-6", "SEG-1"),
+    "linear": ("RLA-1", "RLA-9", "SEG-2"),
+}
+"""Clauses of each branch that a gradient shows as well."""
 
 
 def _draw(plan: Plan) -> Iterator[Recipe]:
@@ -134,28 +141,16 @@ def _make(plan: Plan, recipe: Recipe) -> Case | None:
         t["rla_weight"] = -np.ones_like(t["rla_weight"])
     case.params = {"marks": marks.tolist()}
     case.clauses = _clauses(case)
-    return case
+    return case if case.clauses else None
 
 
 def _clauses(case: Case) -> tuple[str, ...]:
-    window, base = case.attrs["window"], case.base_op
-    found: list[str] = []
-    if base != "residual_linear_attention":
-        T = case.tensors["q"].shape[1]
-        found += ["SWA-5"] if window == -1 else ["SWA-6"] if window is None or window >= T - 1 else ["SWA-1"]
-    if base != "sliding_window_attention":
-        found += ["RLA-9"] if window is None else ["RLA-1", "RLA-7"]
-    found += ["RLA-6"] if base in ("residual_linear_attention", "rattention") else []
-    found += ["RAT-2"] if base.startswith("rattention") else []
-    found += ["RAT-4"] if base == "rattention" else []
-    if "segment_ids" in case.tensors:
-        found += ["SEG-4"]
-        found += [] if base == "residual_linear_attention" else ["SEG-1"]
-        found += [] if base == "sliding_window_attention" else ["SEG-2", "SEG-7"]
-    if base == "rattention_extend":
-        found += ["EXT-4", "EXT-5", "EXT-6", "EXT-9"] + (["EXT-10"] if window in (None, -1) else [])
-        found += ["EXT-7"] if "lengths" in case.tensors else []
-    return tuple(found)
+    """Clauses whose breach the zeros show: of one branch alone where the case looks at one."""
+    branch, labels = case.params.get("branch"), CLAUSES
+    if case.is_vjp:
+        labels = ("GRAD-2", "GRAD-5", *FORWARD["softmax"], *FORWARD["linear"])
+    hidden = {"softmax": "linear", "linear": "softmax"}.get(str(branch))
+    return among(case.op, case.tensors, case.attrs, tuple(x for x in labels if x not in FORWARD.get(hidden, ())))
 
 
 @register("membership", "one-hot probes show which token reached which output", CLAUSES, _draw, _make)
@@ -333,8 +328,8 @@ def _make_vjp(plan: Plan, recipe: Recipe) -> Case | None:
         params = {"marks": marks.tolist()}
     t["d_out"] = d.astype(t["d_out"].dtype)
     case.params = params
-    case.clauses = ("GRAD-2", "GRAD-5", *_clauses(case))
-    return case
+    case.clauses = _clauses(case)
+    return case if case.clauses else None
 
 
 @register(

@@ -26,8 +26,10 @@ def _draw(plan: Plan) -> Iterator[Recipe]:
 
 def _make(plan: Plan, recipe: Recipe) -> Case:
     case = vectors.load_valid(Path(recipe.extra[0]))
-    if not case.clauses and case.property_name == "agreement":
+    if case.property_name in ("agreement", "stored vectors"):
         case.clauses = exercised(case.op, case.tensors, case.attrs)
+    elif not case.clauses:
+        case.clauses = REGISTRY[case.property_name].clauses
     return case
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.context import Context
+from rattention.conformance.features import among
 from rattention.conformance.judge import Violation, same_bits
 from rattention.conformance.properties.base import register
 from rattention.conformance.strategies import Plan, Recipe, build
@@ -50,8 +51,8 @@ def _make_heads(plan: Plan, recipe: Recipe) -> Case | None:
     if recipe.G < 2:
         return None
     case = build(recipe, plan.token_tiles())
-    case.clauses = {BRANCHES[0]: ("SWA-4",), BRANCHES[1]: ("RLA-8",)}.get(case.base_op, ("SWA-4", "RLA-8"))
-    return case
+    case.clauses = among(case.op, case.tensors, case.attrs, ("SWA-4", "RLA-8"))
+    return case if case.clauses else None
 
 
 @register(
@@ -132,8 +133,9 @@ def _make_windows(plan: Plan, recipe: Recipe) -> Case | None:
         return None
     case = build(recipe.with_(window=None), plan.token_tiles())
     case.attrs["window"] = max(recipe.T + int(recipe.extra[0]), 0)
-    case.clauses = {BRANCHES[0]: ("SWA-6",), BRANCHES[1]: ("RLA-9",)}.get(case.base_op, ("SWA-6", "RLA-9"))
-    return case
+    full = {**case.attrs, "window": None}
+    case.clauses = among(case.op, case.tensors, full, ("SWA-6", "RLA-9"))
+    return case if case.clauses else None
 
 
 @register("window past the end", "every w >= T-1 is a full window", ("SWA-6", "RLA-9"), _draw_windows, _make_windows)
@@ -166,8 +168,8 @@ def _make_linear(plan: Plan, recipe: Recipe) -> Case | None:
         return None
     case = build(recipe, plan.token_tiles())
     case.params = {"split": recipe.rng("split").integers(0, 2, case.tensors["v"].shape[:2]).tolist()}
-    case.clauses = ("SWA-3",) if case.base_op == BRANCHES[0] else ("RLA-2", "RLA-7")
-    return case
+    case.clauses = among(case.op, case.tensors, case.attrs, ("SWA-3", "RLA-2", "RLA-7"))
+    return case if case.clauses else None
 
 
 @register("linear in v", "each branch is linear in v", ("SWA-3", "RLA-2", "RLA-7"), _draw_linear, _make_linear)

@@ -39,7 +39,8 @@ class Plan:
 
     def allows(self, option: str) -> bool:
         """False for an option whose capability the backend does not declare: "description" alone asks for those."""
-        return {"q_scale": "scales", "k_scale": "scales"}.get(option, option) not in self.lacking
+        needs = {"q_scale": ("scales",), "k_scale": ("scales",), "positions": ("positions", "rope")}
+        return not self.lacking.intersection(needs.get(option, (option,)))
 
     def count(self, smoke: int, quick: int, full: int | None = None, *, compiled: float = 0.1) -> int:
         """How many cases a property draws; backends that compile or interpret get the share `compiled` of them."""

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from rattention.jax.pallas import once, ops
 from rattention.jax.pallas.config import Config
-from rattention.spec import validate
+from rattention.spec import UNREAD, validate
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
@@ -86,13 +86,13 @@ def program(
         given["cache_k"] = given["cache_v"] = jax.ShapeDtypeStruct((B, window, Hkv, D), jnp.dtype(dtype))
         given["cache_state"] = jax.ShapeDtypeStruct((B, Hkv, 2 * D, D), jnp.float32)
         given["cache_length"] = jax.ShapeDtypeStruct((B,), jnp.int32)
-        call = validate("rattention_extend", given, {"window": window})
+        call = validate("rattention_extend", given, {"window": window}, host=UNREAD)
         return lambda given: ops.run(call, given, settings=settings, interpret=False), (given,)
     given = tensors(D, dtype, **sizes)
     op = {mode: op for op, mode in ops.MODES.items()}[mode]
     if mode != "mix":
         given = {n: x for n, x in given.items() if n not in ("swa_weight", "rla_weight")}
-    call = validate(op, given, {"window": window})
+    call = validate(op, given, {"window": window}, host=UNREAD)
 
     def forward(given: dict[str, Any]) -> Any:
         return ops.run(call, given, settings=settings, interpret=False)["out"]
@@ -113,7 +113,7 @@ def program(
 
 def layer(settings: Config, B: int = 1, T: int = 2048, Hq: int = 16, Hkv: int = 4, D: int = 128, E: int = 1024) -> Any:
     """Projections, attention and output projection, and their gradient: where a copy of q, k or v would show."""
-    call = validate("rattention", tensors(D, "bfloat16", B, T, Hq, Hkv), {"window": 511})
+    call = validate("rattention", tensors(D, "bfloat16", B, T, Hq, Hkv), {"window": 511}, host=UNREAD)
 
     def attend(x: Any, w: dict[str, Any]) -> Any:
         q = jnp.einsum("bte,ef->btf", x, w["q"]).reshape(B, T, Hq, D)

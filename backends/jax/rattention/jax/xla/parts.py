@@ -29,8 +29,8 @@ def phi(x: jax.Array, feature_map: str) -> jax.Array:
     if feature_map == "identity":
         return x
     both = jnp.stack([x, -x], axis=-2)  # [..., 2, D]: both halves of phi are one operation
-    # relu: NaN is not <= 0, so it passes (NUM-5), and the derivative at 0 is 0 (FM-6).
-    both = jax.nn.softmax(both, axis=-1) if feature_map == "softmax" else jnp.where(both <= 0, 0, both)
+    # The library's relu keeps NaN (NUM-5), and its derivative is 1 for x > 0 and 0 otherwise (FM-6).
+    both = jax.nn.softmax(both, axis=-1) if feature_map == "softmax" else jax.nn.relu(both)
     return both.reshape(*x.shape[:-1], 2 * x.shape[-1])
 
 

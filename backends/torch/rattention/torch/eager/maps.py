@@ -14,8 +14,16 @@ def phi(x: Tensor, feature_map: str) -> Tensor:
     if feature_map == "softmax":
         return torch.cat((torch.softmax(x, -1), torch.softmax(-x, -1)), -1)
     if feature_map == "relu":
-        return torch.cat((torch.relu(x), torch.relu(-x)), -1)
+        return torch.cat((_relu(x), _relu(-x)), -1)
     return x
+
+
+def _relu(x: Tensor) -> Tensor:
+    """max(x, 0), which keeps NaN; its derivative is 1 for x > 0 and 0 otherwise (FM-6).
+
+    The derivative of `torch.relu` lets the cotangent pass at NaN, so NaN comes from a copy that has none.
+    """
+    return torch.where(x.isnan(), x.detach(), torch.relu(x))
 
 
 def features(head_dim: int, feature_map: str) -> int:
