@@ -318,7 +318,8 @@ def test_every_pass_of_a_port_is_an_answer_of_the_port(port, opened):
             continue
         before = p.requests
         result = session.run(unit)
-        assert (p.requests > before) == (result.status == "pass"), (unit, result)
+        asked = p.requests > before
+        assert asked if result.status == "pass" else not (asked and result.status == "runner"), (unit, result)
 
 
 def test_nothing_is_left_to_run_where_the_runner_decides_all(port):
