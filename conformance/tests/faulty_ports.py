@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -156,6 +157,48 @@ def crashing(op: str, t: Tensors, a: Attrs) -> Any:
     return honest.run(op, t, a)
 
 
+def table_without_entry(op: str, t: Tensors, a: Attrs) -> Any:
+    if op == "feature_map" and a.get("feature_map") == "relu":
+        looked_up("relu")
+    return honest.run(op, t, a)
+
+
+def looked_up(name: str) -> str:
+    try:
+        return {"softmax": "exp", "identity": "copy"}[name]
+    except KeyError as error:
+        raise LookupError(f"no kernel for {name}") from error
+
+
+def segfault(op: str, t: Tensors, a: Attrs) -> Any:
+    if op == "feature_map" and a.get("feature_map") == "relu":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return honest.run(op, t, a)
+
+
+def leaves_content(op: str, t: Tensors, a: Attrs) -> Any:
+    if op == "feature_map":
+        os._exit(0)
+    return honest.run(op, t, a)
+
+
+def counts_one_more(op: str, t: Tensors, a: Attrs) -> Any:
+    out = dict(honest.run(op, t, a))
+    return out | {"cache_length": out["cache_length"] + np.int32(1)} if "cache_length" in out else out
+
+
+def late_tokens(op: str, t: Tensors, a: Attrs) -> Any:
+    out = dict(honest.run(op, t, a))
+    if op == "rattention_extend" and t["q"].shape[1] > 30:
+        out["out"][1, 30:, 1, 20:] += 1
+    return out
+
+
+def bf16_halved(op: str, t: Tensors, a: Attrs) -> Any:
+    out = dict(honest.run(op, t, a))
+    return out | {"out": out["out"] / out["out"].dtype.type(2)} if storage(t) == "bfloat16" and "out" in out else out
+
+
 def hanging(op: str, t: Tensors, a: Attrs) -> Any:
     if op == "feature_map":
         time.sleep(3600)
@@ -179,6 +222,13 @@ class Extras:
 
 
 crash = Port(crashing)
+lookup = Port(table_without_entry)
+segv = Port(segfault)
+content = Port(leaves_content)
+tiled = Port(tiled_heads)
+window = Port(gradient_ignores_window)
+counting = Port(counts_one_more)
+late = Port(late_tokens)
 hang = Port(hanging)
 interrupt = Port(interrupting)
 zero = Port(always_zero)

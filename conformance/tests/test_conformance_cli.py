@@ -199,6 +199,7 @@ def test_without_the_packages_of_its_extra_the_command_says_what_to_install(monk
         "optional-dependencies"
     ]
     assert {re.split(r"\W", name)[0] for name in extras["conformance"]} == set(entry.NEEDS)
+    monkeypatch.setattr(entry.interrupts, "listen", lambda: None)  # Ctrl-C stays with pytest
     monkeypatch.setattr(entry, "find_spec", lambda name: None if name == "rich" else object())
     with pytest.raises(SystemExit) as exit_code:
         entry.main()

@@ -164,7 +164,7 @@ RESULTS = {
     "a dict without keys": (Unreadable, "feature_map returned Unreadable, which cannot be read: RuntimeError: no keys"),
     "a mapping without items": (
         lambda out: Closed(),
-        "which cannot be read: RuntimeError: no items (__getitem__, line",
+        "which cannot be read: RuntimeError: no items (test_odd_ports.py, line",
     ),
     "every element masked": (masked, "feature_map: out is MaskedArray, not a NumPy array"),
     "an array of another class": (

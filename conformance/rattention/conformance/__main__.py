@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
+from rattention.conformance import interrupts
+
 NEEDS = ("hypothesis", "jinja2", "jsonschema", "rich", "safetensors", "typer")
 """The packages of the extra `conformance`."""
 
 
 def main() -> None:
+    interrupts.listen()
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
         names = ", ".join(missing)

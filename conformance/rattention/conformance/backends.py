@@ -104,9 +104,11 @@ def describe(backend: Any, text: str) -> Mapping[str, Any]:
         about = backend.describe()
         found = plain(about)  # a mapping of the backend's own class may fail as late as here
     except CannotRun:
+        close(backend)
         raise
     except BaseException as error:  # SystemExit included: its status would pass for a verdict
         if by_user(error):
+            abandon(backend)
             raise
         raise CannotRun(f"{text} does not describe itself: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(about, Mapping):

@@ -23,7 +23,6 @@ from rattention.conformance import backends
 from rattention.conformance.output import Commands, Terminal, any_text, cannot, named, warn
 from rattention.spec import load
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -74,7 +73,14 @@ def _seconds(text: str) -> float:
 
 
 PORT_TIMEOUT_HELP = "limit for one answer of a port behind exec:; default: 120, and 60 to start"
-PortTimeoutOption = Annotated[float | None, typer.Option(help=PORT_TIMEOUT_HELP, parser=_seconds, metavar="<seconds>")]
+PortTimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        help=f"{PORT_TIMEOUT_HELP}. Of another backend: for one case; default: none",
+        parser=_seconds,
+        metavar="<seconds>",
+    ),
+]
 TimeoutOption = Annotated[
     float | None,
     typer.Option(
@@ -194,19 +200,9 @@ def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place:
     """
     from rattention.conformance import reporting, runner, workers
 
-    columns = (
-        TextColumn(escape(target)),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("[red]{task.fields[failed]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, failed="")
-
-        def step(done: int, total: int, failed: int) -> None:
-            bar.update(task, completed=done, total=total, failed=f"{failed} failed" if failed else "")
-
+    about = f"profile {settings.profile}, seed {settings.seed}"
+    what = f"cases, of which --select {settings.select} takes its own" if settings.select else "cases"
+    with reporting.steps(console, target, about, what) as step:
         try:
             outcome = runner.conform(target, settings, progress=step)
         except workers.SuiteFault as fault:
@@ -217,6 +213,7 @@ def _run(target: str, settings: Settings, folder: Folder, *, whole: bool, place:
             matches = "matches only cases that the runner decides for a port behind the wire"
         raise backends.CannotRun(f"nothing to run: --select {settings.select} {matches}")
     summary = reporting.summarise(outcome)
+    step.line(reporting.end_of(summary))
     files = reporting.report_files(outcome, summary) if whole else reporting.case_files(outcome)
     written = True
     try:
@@ -243,6 +240,8 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
     from rattention.conformance.runner import INTERRUPTED
 
     names, absent = backends.runnable()
+    if not console.is_terminal:
+        console.print(f"backends that run here: {', '.join(names)}", soft_wrap=True, highlight=False)
     places = reporting.folder_names(names)
     if whole:
         for place in places.values():
@@ -263,6 +262,8 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
             found.append(_run(name, own, folder, whole=whole, place=f"{places[name]}/"))
         except backends.CannotRun as reason:  # the others have a verdict all the same
             broken[name] = str(reason)
+            if not console.is_terminal:
+                console.print(f"{escape(name)} could not run: {escape(str(reason))}", soft_wrap=True, highlight=False)
             notes.append(f"[bold red]could not run[/] {escape(name)}: {escape(str(reason))}")
             continue
         if found[-1].summary["stopped"] == INTERRUPTED:

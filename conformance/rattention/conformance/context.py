@@ -12,7 +12,7 @@ from rattention.conformance.judge import Violation, compare
 from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
 from rattention.conformance.strategies.plan import outside
-from rattention.conformance.told import by_user, clause_of, crash, reason_of, shown, told
+from rattention.conformance.told import by_user, clause_of, crash, reason_of, shown, told, trace
 from rattention.spec import UNREAD, Result, SpecError, Unsupported, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")
@@ -39,6 +39,11 @@ class PortFailure(Exception):
     def __init__(self, text: str, clause: str = "WIRE-3"):
         super().__init__(text)
         self.clause = clause
+
+    @property
+    def kind(self) -> str:
+        """Of the violation: an answer that breaks the protocol is no crash."""
+        return "crash" if self.clause in ("WIRE-3", "BCK-3") else "structure"
 
 
 class Context:
@@ -78,13 +83,13 @@ class Context:
         except SpecError as error:
             self._break(("BCK-5", *clause_of(error)), f"a valid call was refused: {told(error)}", "refusal")
         except PortFailure as failure:
-            self._break(tuple(dict.fromkeys((failure.clause, "BCK-3"))), str(failure), "crash")
+            self._break(tuple(dict.fromkeys((failure.clause, "BCK-3"))), str(failure), failure.kind)
         except BaseException as error:  # a backend may fail in any way it likes, SystemExit included
             if by_user(error):
                 raise
             beyond = self.entitled(op, tensors, attrs)
             expected = f"{beyond}: expected Unsupported; " if beyond else ""
-            self._break(("BCK-3",), f"{expected}{op} raised {crash(error)}", "crash")
+            self._break(("BCK-3",), f"{expected}{op} raised {crash(error)}", "crash", trace(error))
         finally:
             self._unmodified(op, tensors, before)
         beyond = self.entitled(op, tensors, attrs)
@@ -112,8 +117,8 @@ class Context:
         """As `run`, for a call that names absent tensors as None."""
         return self.run(op, _Given(tensors), attrs)
 
-    def _break(self, clauses: tuple[str, ...], message: str, kind: str) -> None:
-        self.violations.append(Violation(clauses, message, kind))
+    def _break(self, clauses: tuple[str, ...], message: str, kind: str, trace: str = "") -> None:
+        self.violations.append(Violation(clauses, message, kind, trace=trace))
         raise Broken(message)
 
     def _unsupported(
@@ -159,9 +164,8 @@ class Context:
         except BaseException as error:  # a mapping of a class of the backend's own may fail like the call itself
             if by_user(error):
                 raise
-            self._break(
-                label, f"{op} returned {type(result).__name__}, which cannot be read: {crash(error)}", "structure"
-            )
+            message = f"{op} returned {type(result).__name__}, which cannot be read: {crash(error)}"
+            self._break(label, message, "structure", trace(error))
         if not mapping:
             self._break(label, f"{op} returned {type(result).__name__}, not a mapping of outputs", "structure")
         call = validate(op, tensors, attrs, host=UNREAD)

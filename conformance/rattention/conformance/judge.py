@@ -16,9 +16,11 @@ HEAT = 48
 class Violation:
     """One way in which one case failed.
 
-    clauses: labels, the likeliest first. kind: value, nan, structure, refusal, crash, mutation or law. output: the
-    tensor concerned. index, got, expected, budget: the first wrong element. share: the largest error in units of the
-    budget. wrong: fraction of elements that are wrong. heat: largest share over (t, d), coarsened.
+    clauses: labels, the likeliest first. kind: value, nan, structure, refusal, crash, mutation or law; a crash
+    is an exception that is no refusal, or the end of the backend's process. output: the tensor concerned. index, got,
+    expected, budget: the first wrong element. share: the largest error in units of the budget, infinite where no error
+    is admitted. wrong: fraction of elements that are wrong. heat: largest share over (t, d), coarsened. trace: the
+    traceback of a crash, text because it travels between processes.
     """
 
     clauses: tuple[str, ...]
@@ -33,6 +35,11 @@ class Violation:
     wrong: float | None = None
     heat: list[list[float]] = field(default_factory=list)
     guess: str = ""
+    trace: str = ""
+
+    @property
+    def crash(self) -> bool:
+        return self.kind == "crash"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,7 +89,7 @@ def compare_one(
     limit = np.broadcast_to(np.asarray(budget, np.float64), y.shape)
     with np.errstate(all="ignore"):
         error = np.abs(x - y)
-        share = np.where(error == 0, 0.0, error / np.where(limit > 0, limit, np.finfo(float).tiny))
+        share = np.where(error == 0, 0.0, error / limit)  # infinite where the budget is zero
     missing = np.isnan(y) & ~np.isnan(x)
     extra = np.isnan(x) & ~np.isnan(y)
     infinite = np.isinf(y)
@@ -102,11 +109,12 @@ def compare_one(
     what = {
         "nan": f"{int((extra & bad).sum())} NaN where the reference is a number",
         "hidden nan": f"{int((missing & bad).sum())} numbers where the formulas give NaN",
-        "value": f"error up to {worst:.3g} times the budget",
+        "value": _size(share, bad, (limit == 0) | infinite),
     }[kind]
+    admitted = "exactly" if limit[at] == 0 or not np.isfinite(y[at]) else f"+- {limit[at]:.3g}"
     message = (
         f"{name}: {what}; {int(bad.sum())} of {bad.size} elements wrong, first at {list(at)}: "
-        f"got {x[at]:.8g}, expected {y[at]:.8g} +- {limit[at]:.3g}"
+        f"got {x[at]:.8g}, expected {y[at]:.8g} {admitted}"
     )
     return (
         Violation(
@@ -124,6 +132,16 @@ def compare_one(
         ),
         worst,
     )
+
+
+def _size(share: np.ndarray, bad: np.ndarray, exact: np.ndarray) -> str:
+    """How wrong the elements `bad` are. Those that are `exact` admit no error, so there is no multiple to speak of."""
+    rest = share[bad & ~exact]
+    if not rest.size:
+        return "must be exact"
+    finite = rest[np.isfinite(rest)]
+    said = f"error up to {finite.max():.3g} times the budget" if finite.size else "infinite where a number is expected"
+    return said + (f", {int((bad & exact).sum())} elements that must be exact" if (bad & exact).any() else "")
 
 
 def heat(share: np.ndarray) -> list[list[float]]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 from rattention.conformance.backends import CannotRun
+from rattention.conformance.interrupts import raised
 from rattention.conformance.told import told
 from rattention.conformance.vectors import CaseError
 from rich.console import Console
@@ -94,6 +95,10 @@ class Commands(TyperGroup):
         return ctx
 
     def invoke(self, ctx: Any) -> Any:
+        with raised():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (CannotRun, CaseError) as reason:

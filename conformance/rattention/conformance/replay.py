@@ -1,17 +1,29 @@
-"""A stored case again: the same tensors, the same property, the same verdict."""
+"""A stored case again: the same tensors, the same property, the same verdict, in a process of its own."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+import os
+import sys
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rattention.conformance import backends, vectors
 from rattention.conformance.case import Case
+from rattention.conformance.diagnose import diagnose
+from rattention.conformance.judge import Violation
 from rattention.conformance.properties import REGISTRY
 from rattention.conformance.session import Session
+from rattention.conformance.shown import tensor_lines
+from rattention.conformance.stacks import Stack
 from rattention.conformance.strategies import make_plan
+from rattention.conformance.strategies.callline import call_line
+from rattention.conformance.strategies.recover import recipe_of
+from rattention.conformance.told import told
 from rattention.conformance.vectors import CaseError
+from rattention.conformance.workers import Worker, end_with_parent, taken_down
 from rattention.spec import load
 
 NOT_JUDGED = {"unsupported": "unsupported", "runner": "decided by the runner"}
@@ -22,11 +34,9 @@ def open_session(target: str, seconds: float | None = None) -> Session:
     """A session for single cases. `seconds`: how long a port behind the wire may take for an answer.
 
     Raises:
-        CannotRun: there is no such backend, it does not start, or its time cannot be limited.
+        CannotRun: there is no such backend, or it does not start.
     """
     backend = backends.resolve(target, seconds)
-    if seconds is not None and not backends.is_wire_port(backend):
-        raise backends.CannotRun(f"--timeout: {target} runs in this process, where no call can be ended; leave it out")
     about = backends.describe(backend, target)
     return Session(backend, about, make_plan("quick", 0, about))
 
@@ -58,20 +68,113 @@ def check_files(files: Iterable[Path]) -> None:
             raise CaseError(file, reason)
 
 
-def verdict_lines(session: Session, case: Case, name: str) -> tuple[list[str], bool]:
-    """What one case says, line by line, and whether it failed."""
+def verdict_lines(session: Session, case: Case, name: str, *, whole: bool = False) -> tuple[list[str], bool]:
+    """What one case says, line by line, and whether it failed. `whole`: with the guess, and with its tensors."""
     judge = "" if case.property_name == "agreement" else f"  property {case.property_name}"
     runners = session.runners_own(case)
     violations, reason = ([], runners) if runners else session.verdict(REGISTRY[case.property_name], case)
     if not violations:
         verdict = f"{'runner' if runners else 'unsupported' if reason else 'pass'}  {name}  {case.op}{judge}"
         return [f"{verdict}{f'  ({reason})' if reason else ''}"], False
-    lines = [f"FAIL  {name}  {case.op}  property {case.property_name}"]
+    if whole:
+        diagnose(session.ctx, case, recipe_of(case), violations, violations)
+    return failure_lines(session, case, name, violations, whole=whole), True
+
+
+def failure_lines(session: Session, case: Case, name: str, violations: list[Violation], *, whole: bool) -> list[str]:
+    """What a failed case says."""
+    label = "CRASH" if any(v.crash for v in violations) else "FAIL"
+    lines = [f"{label}  {name}  {case.op}  property {case.property_name}"]
+    lines += [f"case: {call_line(case)}"] if whole else []
     for v in violations:
-        lines.append(f"  {v.message}")
+        lines.append(f"- {v.message}{f'  (looks like: {v.guess})' if v.guess else ''}")
+        lines.extend(f"    {line}" for line in v.trace.splitlines())
         labels = case.clauses if v.clauses == ("NUM-1",) and case.clauses else v.clauses
         lines.extend(f"    {label} {load().clauses.get(label, '')}" for label in labels[:6])
-    return lines, True
+    return lines + (tensor_lines(session, case, violations) if whole else [])
+
+
+Answer = tuple[list[str], bool]
+"""What a case says, line by line, and whether it failed."""
+
+
+def judged(
+    target: str, files: Sequence[Path], seconds: float | None = None, *, whole: bool = False
+) -> Iterator[Answer]:
+    """The answer of each file.
+
+    Args:
+        seconds: how long a port behind the wire may take for an answer, or another backend for a case.
+        whole: with the guess, and with the tensors.
+
+    Raises:
+        CannotRun: there is no such backend, or it does not start.
+    """
+    # A port behind the wire has a process of its own.
+    yield from (_here if target.startswith("exec:") else _apart)(target, files, seconds, whole)
+
+
+def _here(target: str, files: Sequence[Path], seconds: float | None, whole: bool) -> Iterator[Answer]:
+    session = open_session(target, seconds)
+    try:
+        for number, file in enumerate(files, 1):
+            lines, failed = verdict_lines(session, vectors.load_valid(file), file.name, whole=whole)
+            if number == len(files):
+                lines += _note(backends.close(session.ctx.backend))
+            yield lines, failed
+    except KeyboardInterrupt:
+        backends.abandon(session.ctx.backend)
+        raise
+    finally:
+        backends.close(session.ctx.backend)
+
+
+def _apart(target: str, files: Sequence[Path], seconds: float | None, whole: bool) -> Iterator[Answer]:
+    """In a process apart from this one, whose end would pass for a verdict. One that dies costs its case alone."""
+    rest = deque(files)
+    while rest:
+        worker = Worker(_live, target, list(rest), whole)
+        ready = False
+        try:
+            while rest:
+                if seconds is not None and ready and not worker.pipe.poll(seconds):
+                    raise TimeoutError
+                kind, answer = worker.pipe.recv()
+                ready = True
+                if kind == "cannot":
+                    raise backends.CannotRun(answer)
+                if kind == "done":
+                    rest.popleft()
+                    yield answer
+        except (EOFError, OSError) as error:
+            why = worker.silent(seconds) if seconds and isinstance(error, TimeoutError) else worker.died()
+            if not ready:
+                raise backends.CannotRun(f"{target} does not start: {why}") from None
+            case, name = vectors.load_valid(rest[0]), rest.popleft().name
+            lost = taken_down(case.op, why, worker.stack.trace())
+            yield failure_lines(open_session("numpy"), case, name, [lost], whole=whole), True
+        finally:
+            worker.kill()
+
+
+def _live(pipe: Connection, stack: Stack, target: str, files: list[Path], whole: bool) -> None:
+    """The life of the process: say that it is ready, then the answer of each file."""
+    end_with_parent()
+    stack.record()
+    if os.isatty(0):  # for a `breakpoint()` in the backend: multiprocessing has closed stdin
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as long as the process lives
+    try:
+        session = open_session(target)
+        pipe.send(("ready", None))
+        for file in files:
+            pipe.send(("done", verdict_lines(session, vectors.load_valid(file), file.name, whole=whole)))
+    except (backends.CannotRun, CaseError) as reason:
+        pipe.send(("cannot", str(reason)))
+    except KeyboardInterrupt:  # the backend's own, for Ctrl-C does not come here
+        os._exit(1)
+    except BaseException as error:
+        traceback.print_exc()
+        pipe.send(("cannot", f"the suite itself failed: {type(error).__name__}: {told(error)}"))
 
 
 def _note(fault: str) -> list[str]:
@@ -87,17 +190,12 @@ def replay(path: Path, target: str, seconds: float | None = None) -> tuple[list[
         CaseError: the file cannot be used.
     """
     check_files([path])
-    case = vectors.load_valid(path)
-    session = open_session(target, seconds)
-    try:
-        lines, failed = verdict_lines(session, case, path.name)
-    finally:
-        fault = backends.close(session.ctx.backend)
-    return [*lines, *_note(fault)], failed
+    (answer,) = judged(target, [path], seconds, whole=True)
+    return answer
 
 
-def check_set(path: Path, target: str, told: Callable[[list[str]], None], seconds: float | None = None) -> bool:
-    """Run every case of a set, checksums first; whether one failed. `told` gets the lines of each case as they come.
+def check_set(path: Path, target: str, say: Callable[[list[str]], None], seconds: float | None = None) -> bool:
+    """Run every case of a set, checksums first; whether one failed. `say` gets the lines of each case as they come.
 
     seconds: as in `open_session`.
 
@@ -107,18 +205,12 @@ def check_set(path: Path, target: str, told: Callable[[list[str]], None], second
     """
     files = vectors.list_set(path)
     check_files(files)
-    session = open_session(target, seconds)
     failed = 0
     others: Counter[str] = Counter()
-    try:
-        for file in files:
-            lines, bad = verdict_lines(session, vectors.load_valid(file), file.name)
-            failed += bad
-            others[lines[0].split()[0]] += 1
-            told(lines)
-    finally:
-        fault = backends.close(session.ctx.backend)
-    told(_note(fault))
+    for lines, bad in judged(target, files, seconds):
+        failed += bad
+        others[lines[0].split()[0]] += 1
+        say(lines)
     notes = [f"{others[kind]} of them {text}" for kind, text in NOT_JUDGED.items() if others[kind]]
-    told([", ".join([f"{len(files) - failed} of {len(files)} cases conform", *notes])])
+    say([", ".join([f"{len(files) - failed} of {len(files)} cases conform", *notes])])
     return failed > 0

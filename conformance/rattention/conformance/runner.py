@@ -8,18 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rattention.conformance import backends, vectors
+from rattention.conformance import backends, interrupts, vectors
 from rattention.conformance.judge import Violation
 from rattention.conformance.oracle import Oracle
 from rattention.conformance.properties import REGISTRY, make_case
 from rattention.conformance.session import Failure, Session, Unit, UnitResult
 from rattention.conformance.strategies import Plan, make_plan
+from rattention.conformance.strategies.callline import call_line
 
 if TYPE_CHECKING:
     from rattention.conformance.workers import Pool
 
 Progress = Callable[[int, int, int], None]
-"""Called with (units done, units in all, failures so far)."""
+"""Called with (units done, units in all, failures so far): before the first unit, and after each."""
 
 INTERRUPTED = "interrupted"
 FAILURES_PER_KIND = 2
@@ -136,6 +137,8 @@ def conform(
     plan = make_plan(settings.profile, settings.seed, about, settings.vectors)
     units = plan_units(plan, settings)
     outcome = Outcome(target, about, settings, planned=len(units), held=backends.held(backend))
+    if progress:
+        progress(0, len(units), 0)
     if local or settings.workers <= 0:
         session = Session(backend, about, plan, settings.select, oracle)
         _in_process(session, units, outcome, settings, progress)
@@ -174,6 +177,8 @@ def _in_workers(pool: Pool, units: list[Unit], outcome: Outcome, progress: Progr
     except (KeyboardInterrupt, backends.CannotRun) as reason:
         if not pool.results:
             raise  # there is nothing to keep
+        if isinstance(reason, KeyboardInterrupt):
+            interrupts.hold()
         outcome.stopped = str(reason) or INTERRUPTED
     outcome.results, outcome.failures = _found(pool, units), pool.failures
     return pool.endings
@@ -203,6 +208,7 @@ def _in_process(
     except KeyboardInterrupt:
         if not outcome.results:
             raise
+        interrupts.hold()
         outcome.stopped = INTERRUPTED
 
 
@@ -216,7 +222,7 @@ def _keep_raw(plan: Plan, units: list[Unit], outcome: Outcome, chosen: list[int]
         unit, result = units[index], by_index[index]
         case = make_case(REGISTRY[unit.property_name], plan, unit.recipe)
         if case is not None:
-            about = unit.recipe.describe()
+            about = call_line(case, unit.recipe)
             data = vectors.case_bytes(case)
             outcome.failures.append(
                 Failure(index, unit.property_name, result.op, result.dtype, about, result.violations, data, case.note)
@@ -224,11 +230,14 @@ def _keep_raw(plan: Plan, units: list[Unit], outcome: Outcome, chosen: list[int]
 
 
 def worth_shrinking(results: list[UnitResult]) -> list[int]:
-    """Indices of the failures that are made small: a few per property and operation, the quickest first."""
-    seen: Counter[tuple[str, str]] = Counter()
+    """Indices of the failures that are made small: a few per property and operation, the quickest first.
+
+    Crashes count apart: behind a few wrong numbers none of them must go without its traceback.
+    """
+    seen: Counter[tuple[str, str, bool]] = Counter()
     chosen = []
     for r in sorted((r for r in results if r.status == "fail"), key=lambda r: (r.seconds > 0.5, r.index)):
-        key = (r.property_name, r.op)
+        key = (r.property_name, r.op, r.crashed)
         if seen[key] < FAILURES_PER_KIND and len(chosen) < FAILURES_SHRUNK:
             seen[key] += 1
             chosen.append(r.index)

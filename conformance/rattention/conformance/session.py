@@ -17,7 +17,8 @@ from rattention.conformance.oracle import Oracle
 from rattention.conformance.properties import REGISTRY, Property, make_case
 from rattention.conformance.shrink import shrink
 from rattention.conformance.strategies import Plan, Recipe
-from rattention.spec import load
+from rattention.conformance.strategies.callline import call_line
+from rattention.spec import SpecError, load
 
 
 @dataclass
@@ -49,19 +50,27 @@ class UnitResult:
     shares: dict[tuple[str, str, str], float] = field(default_factory=dict)
     always: bool = False
 
+    @property
+    def crashed(self) -> bool:
+        return any(v.crash for v in self.violations)
+
 
 @dataclass
 class Failure:
-    """A failure made small: the case file's bytes, the recipe it came from and what is wrong."""
+    """A failure made small: the case file's bytes, its call in one line and what is wrong.
+
+    found: the storage dtype of the case that failed first, where shrinking has gone over to another; else empty.
+    """
 
     index: int
     property_name: str
     op: str
     dtype: str
-    recipe: str
+    call: str
     violations: list[Violation]
     case: bytes
     note: str = ""
+    found: str = ""
 
 
 class Session:
@@ -90,9 +99,7 @@ class Session:
             return result
         if not self.selected(prop, case) or not self.concerns(case):
             return result
-        result.op, result.dtype = case.op, storage_of(case)
-        if case.op not in load().operations:
-            result.dtype = "any"
+        result.op, result.dtype = case.op, dtype_of(case)
         result.reason = self.runners_own(case)
         if result.reason:
             result.status = "runner"
@@ -177,7 +184,11 @@ class Session:
 
         def fails(recipe: Recipe) -> bool:
             case = self._legal(prop, recipe)
-            return case is not None and any((v.kind, v.output) in marks for v in self.verdict(prop, case)[0])
+            return (
+                case is not None
+                and self._promised(case)
+                and any((v.kind, v.output) in marks for v in self.verdict(prop, case)[0])
+            )
 
         attempts = {"direct": 60, "compiled": 10, "interpreted": 6}[self.plan.cost]
         recipe = shrink(unit.recipe, fails, attempts) if prop.shrinks else unit.recipe
@@ -186,15 +197,17 @@ class Session:
         violations = violations or before
         diagnose(self.ctx, case, recipe, violations, before)
         self._answer(case, violations)
+        dtype, found = dtype_of(case), dtype_of(original)
         return Failure(
             unit.index,
             unit.property_name,
             case.op,
-            storage_of(case) if case.op in load().operations else "any",
-            recipe.describe(),
+            dtype,
+            call_line(case, recipe),
             violations,
             vectors.case_bytes(case),
             case.note,
+            found if found != dtype else "",
         )
 
     def _legal(self, prop: Property, recipe: Recipe) -> Case | None:
@@ -205,6 +218,13 @@ class Session:
             return make_case(prop, self.plan, recipe)
         except (ValueError, IndexError, ZeroDivisionError):
             return None
+
+    def _promised(self, case: Case) -> bool:
+        """Whether the description promises the call: what a backend does beyond its limits is another question."""
+        try:
+            return not self.ctx.entitled(case.op, case.tensors, case.attrs)
+        except SpecError:  # properties of refusals alone have such cases, and they do not shrink
+            return False
 
     def _answer(self, case: Case, violations: list[Violation]) -> None:
         """Store value and budget beside the inputs, where the case is a valid call; what was stored stays."""
@@ -219,3 +239,8 @@ class Session:
 def _judge_of(case: Case) -> Property:
     """The property whose verdict the case gets; a stored case names one."""
     return REGISTRY[case.property_name]
+
+
+def dtype_of(case: Case) -> str:
+    """The row of the matrix that a case belongs to: its storage dtype, "any" where it calls no operation."""
+    return storage_of(case) if case.op in load().operations else "any"

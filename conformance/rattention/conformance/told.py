@@ -5,12 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import traceback
+from pathlib import Path
 from typing import Any
 
 from rattention.spec import load
 
 LONGEST = 2000
 """Characters of a text that a report repeats."""
+LONGEST_TRACE = 8000
+"""Characters of a traceback; of a longer one both ends are kept."""
+SUITE = Path(__file__).parent
 
 
 def told(error: Any) -> str:
@@ -49,9 +53,34 @@ def crash(error: BaseException) -> str:
     text = f"{type(error).__name__}: {told(error)}"
     try:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{text} ({where.name}, line {where.lineno})"
+        return f"{text} ({Path(where.filename).name}, line {where.lineno}, in {where.name})"
     except Exception:  # no traceback at all, or one of sources that cannot be read
         return text
+
+
+def trace(error: BaseException) -> str:
+    """The traceback of an exception that a backend should not have raised: frames of the backend alone, as Python
+    prints them, and those of the exceptions that led to it."""
+    tb = error.__traceback__
+    while tb is not None and of_the_suite(tb.tb_frame.f_code.co_filename):
+        tb = tb.tb_next
+    try:
+        text = "".join(traceback.TracebackException(type(error), error, tb).format()).rstrip()
+    except BaseException as other:  # an exception of a class that cannot even be printed has its frames
+        if by_user(other):
+            raise
+        text = "".join(["Traceback (most recent call last):\n", *traceback.format_tb(tb), type(error).__name__])
+    if len(text) <= LONGEST_TRACE:
+        return text
+    half = LONGEST_TRACE // 2
+    return f"{text[:half]}\n  [... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+
+
+def of_the_suite(file: str) -> bool:
+    """Whether a frame is of the suite, on the way to the backend. The suite has backends of its own, too."""
+    parts = Path(file).parts
+    at = len(SUITE.parts)
+    return Path(file).is_relative_to(SUITE) and parts[at] in ("context.py", "properties")
 
 
 def clause_of(error: BaseException) -> tuple[str, ...]:

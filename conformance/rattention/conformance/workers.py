@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from rattention.conformance import backends
 from rattention.conformance.judge import Violation
 from rattention.conformance.session import Failure, Session, Unit, UnitResult
+from rattention.conformance.stacks import Stack
 from rattention.conformance.strategies import Plan
 from rattention.conformance.told import ending
+from rattention.spec import load
 
 if TYPE_CHECKING:
     from rattention.conformance.runner import Progress, Settings
@@ -30,8 +32,8 @@ CASE_SECONDS = 300.0
 """Seconds that a backend in this process may take for a case, where no `--timeout` says otherwise."""
 STOP_SECONDS = 5.0
 """Seconds that the workers have to end by themselves, beside those of their ports; after Ctrl-C they have one."""
-TERMINATE_SECONDS = 2.0
-"""Seconds that a worker has to end when it is told so, before it is killed."""
+LEAVE_SECONDS = 1.0
+"""Seconds that a worker has to end the processes of its backend. One that hangs outside of Python takes no notice."""
 HURRIED = 60.0
 """Each case that hangs halves the time that the next may take, down to this many seconds."""
 START_LIMIT = 300.0
@@ -46,38 +48,41 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         wait([parent.sentinel])
-        _leave()
+        leave()
 
     threading.Thread(target=watch, daemon=True, name="end with parent").start()
 
 
-_ports: list[Any] = []
-"""Backends of this worker, for the programs that they have started."""
+_backends: list[Any] = []
+"""Those of this worker, which may have processes of their own."""
 
 
-def _leave(*_: Any) -> None:
-    """End this worker at once, and with it the program of a port, which may be at work and deaf to its stdin."""
-    for port in _ports:
-        backends.abandon(port)
+def leave(*_: object) -> None:
+    """End this worker at once, and with it the processes that its backend has."""
+    for backend in _backends:
+        with contextlib.suppress(Exception):
+            backends.abandon(backend)
     os._exit(1)
 
 
-def serve(pipe: Connection, target: str, plan: Plan, select: str, seconds: float | None) -> None:
+def serve(pipe: Connection, stack: Stack, target: str, plan: Plan, select: str, seconds: float | None) -> None:
     """The life of a worker: load, then answer ("run" | "minimise", units) with one message per unit."""
     end_with_parent()
+    stack.record()
     try:
         _answer(pipe, target, plan, select, seconds)
     except KeyboardInterrupt:
         # Not from the terminal (see `without_interrupts`): a thread of the backend interrupts the process that it runs
         # in. The backend has taken its process down.
         os._exit(1)
+    except OSError:  # the pipe is broken: the parent was killed
+        leave()
 
 
 def _answer(pipe: Connection, target: str, plan: Plan, select: str, seconds: float | None) -> None:
     backend = backends.resolve(target, seconds)
-    if backends.is_wire_port(backend):
-        _ports.append(backend)
-        signal.signal(signal.SIGTERM, _leave)
+    _backends.append(backend)
+    signal.signal(signal.SIGTERM, leave)
     session = Session(backend, backends.describe(backend, target), plan, select)
     pipe.send(("ready", None))
     with contextlib.suppress(EOFError):
@@ -94,7 +99,7 @@ def _answer(pipe: Connection, target: str, plan: Plan, select: str, seconds: flo
                     # The suite itself failed: say where, and let the parent stop the run.
                     import traceback
 
-                    pipe.send(("fault", f"{unit.property_name}: {unit.recipe.describe()}\n{traceback.format_exc()}"))
+                    pipe.send(("fault", f"{unit.property_name}: {unit.recipe}\n{traceback.format_exc()}"))
                     return
                 pipe.send(("done", answer))
     fault = backends.close(backend)
@@ -108,23 +113,40 @@ class SuiteFault(Exception):
 
 @contextlib.contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Processes started here do not see Ctrl-C, which a terminal sends to all: the parent alone ends the run."""
+    """Processes started here do not see Ctrl-C, which a terminal sends to all: the parent alone ends the run.
+
+    A Ctrl-C that comes meanwhile is heard afterwards. In the middle of a start it would leave a child that complains of
+    half a message.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
     resource_tracker.ensure_running()  # which unblocks Ctrl-C where it has to start first
+    heard: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    # The mask is for the child, which inherits it. Another thread of this process may take the signal all the same.
+    ours = callable(handler) and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+            if heard:
+                signal.raise_signal(signal.SIGINT)
 
 
-class _Worker:
-    def __init__(self, target: str, plan: Plan, select: str, seconds: float | None):
+class Worker:
+    """One process that lives as `life(pipe, stack, *arguments)` says. Ctrl-C does not reach it."""
+
+    def __init__(self, life: Callable[..., None], *arguments: Any):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, target, plan, select, seconds), daemon=True)
+        self.stack = Stack()
+        self.process = context.Process(target=life, args=(theirs, self.stack, *arguments), daemon=True)
         with without_interrupts():
             self.process.start()
         theirs.close()
@@ -133,11 +155,23 @@ class _Worker:
         self.since = time.monotonic()
 
     def kill(self) -> None:
-        self.process.terminate()  # which a worker hears that has a program to end first
-        self.process.join(TERMINATE_SECONDS)
+        """Let it leave, and take nothing else for an answer."""
+        self.process.terminate()
+        self.process.join(LEAVE_SECONDS)
         self.process.kill()
         self.process.join()
         self.pipe.close()
+        self.stack.close()
+
+    def died(self) -> str:
+        """Why a worker is lost whose pipe has ended."""
+        self.process.join(5)
+        return f"the process {ending(self.process.exitcode)}"
+
+    def silent(self, limit: float) -> str:
+        """Why a worker is lost that does not answer in time."""
+        self.stack.ask(self.process.pid)
+        return f"no answer within {limit:g} s"
 
 
 class Pool:
@@ -167,10 +201,12 @@ class Pool:
             with contextlib.suppress(OSError, ValueError):
                 worker.pipe.send(("stop", None))
         end = time.monotonic() + (self.stop_seconds if kind is None else 1.0)
-        for worker in self.workers:
-            worker.process.join(max(0.0, end - time.monotonic()))
-            self._ending(worker.pipe)
-            if worker.process.is_alive():
+        try:
+            for worker in self.workers:
+                worker.process.join(max(0.0, end - time.monotonic()))
+                self._ending(worker.pipe)
+        finally:  # also where a second Ctrl-C cuts the waiting short
+            for worker in self.workers:
                 worker.kill()
 
     def _ending(self, pipe: Connection) -> None:
@@ -180,8 +216,8 @@ class Pool:
                 if kind == "closed" and answer:
                     self.endings.append(answer)
 
-    def _start(self) -> _Worker:
-        return _Worker(self.target, self.plan, self.settings.select, self.settings.timeout)
+    def _start(self) -> Worker:
+        return Worker(serve, self.target, self.plan, self.settings.select, self.settings.timeout)
 
     def run(self, units: Sequence[Unit], progress: Progress | None = None) -> None:
         """Fill `results`; units left out after too many lost workers have none."""
@@ -203,7 +239,7 @@ class Pool:
             if answer is not None:
                 self.failures.append(answer)
 
-        self._spread("minimise", deque([u] for u in units), take, lambda unit, why: None)
+        self._spread("minimise", deque([u] for u in units), take, lambda *_: None)
 
     def _chunks(self, units: Sequence[Unit]) -> deque[list[Unit]]:
         """Units that share a compiled program stay together; what is long goes first: nobody waits at the end."""
@@ -224,15 +260,14 @@ class Pool:
                 limit = self.limit if worker.ready else self.start_limit
                 if (worker.queue or not worker.ready) and time.monotonic() - worker.since > limit:
                     self.limit = max(self.limit / 2, min(HURRIED, self.limit))
-                    self._replace(i, f"no answer within {limit:g} s", chunks, take, lost)
+                    self._replace(i, worker.silent(limit), chunks, take, lost)
             for pipe in wait([w.pipe for w in self.workers], timeout=1.0):
                 i = next(n for n, w in enumerate(self.workers) if w.pipe is pipe)
                 worker = self.workers[i]
                 try:
                     kind, answer = worker.pipe.recv()
                 except (EOFError, OSError):
-                    worker.process.join(5)
-                    self._replace(i, f"the process {ending(worker.process.exitcode)}", chunks, take, lost)
+                    self._replace(i, worker.died(), chunks, take, lost)
                     continue
                 worker.since = time.monotonic()
                 if kind == "ready":
@@ -245,12 +280,13 @@ class Pool:
     def _replace(self, i: int, why: str, chunks: deque[list[Unit]], take: Any, lost: Any) -> None:
         """Start a new worker in place of a lost one; the unit it was at is judged by `lost`, the others go back."""
         worker = self.workers[i]
+        trace = worker.stack.trace()
         worker.kill()
         if not worker.ready:
             raise backends.CannotRun(f"{self.target} does not start in a worker process: {why}")
         rest = list(worker.queue)
         if rest:
-            answer = lost(rest[0], why)
+            answer = lost(rest[0], why, trace)
             if answer is not None:
                 take(rest[0], answer)
             if rest[1:]:
@@ -261,7 +297,14 @@ class Pool:
         self.workers[i] = self._start()
 
 
-def _lost(unit: Unit, why: str) -> UnitResult:
+def taken_down(op: str, why: str, trace: str) -> Violation:
+    """What is wrong with a backend whose call ended its process, or never ended."""
+    return Violation(("BCK-3",), f"{op}: the backend took its process down: {why}", "crash", trace=trace)
+
+
+def _lost(unit: Unit, why: str, trace: str) -> UnitResult:
     recipe = unit.recipe
-    violation = Violation(("BCK-3",), f"{recipe.op}: the backend took its process down: {why}", "crash")
-    return UnitResult(unit.index, unit.property_name, recipe.op, recipe.dtype, "fail", ("BCK-3",), [violation])
+    stored = any(t.dtype == "storage" for t in load().operations[recipe.op].tensors)
+    dtype = recipe.dtype if stored else "float32"  # as `storage_of` says of a case
+    found = [taken_down(recipe.op, why, trace)]
+    return UnitResult(unit.index, unit.property_name, recipe.op, dtype, "fail", ("BCK-3",), found)

@@ -20,6 +20,7 @@ FAMILIES = (
     "corners",
     "contract",
     "declarations",
+    "crashes",
     "wire",
 )
 for _family in FAMILIES:  # each module plants its mutants when it is imported

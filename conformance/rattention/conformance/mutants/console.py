@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rattention.conformance import tensorfile
+from rattention.conformance.interrupts import hold
 from rattention.conformance.mutants import CATALOGUE
 from rattention.conformance.mutants.coverage import Row, clause_rows, holes, markdown, passing
 from rattention.conformance.mutants.runner import Death, run_mutants, select
 from rattention.conformance.output import warn
+from rattention.conformance.reporting import steps
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -34,25 +37,35 @@ def command(profile: str, seed: int | None, report: Path | None, text: str, cons
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
     seed = SEED if seed is None else seed
-    console.print(f"profile {profile}, seed {seed}, {len(chosen)} mutants")
+    if console.is_terminal:  # a log has these words in the line that says that the run begins
+        console.print(f"profile {profile}, seed {seed}, {len(chosen)} mutants")
     workers = max(1, min(2, os.cpu_count() or 1)) if len(chosen) > 8 else 0
 
+    begin = time.perf_counter()
     deaths: list[Death] = []  # what is known if the run is interrupted
 
     def step(death: Death) -> None:
         deaths.append(death)
+        show(len(deaths), len(chosen), sum(not d.killed for d in deaths))
         if not death.killed:
             console.print(f"[bold red]survivor[/] {death.mutant} after {death.cases} cases")
 
     rows: list[Row] = []
-    try:
-        deaths = run_mutants(profile, seed, chosen, workers=workers, progress=step)
-        if not text:  # coverage is a statement about the whole catalogue
-            rows = clause_rows(deaths, passing(profile, seed, report))
-        whole = True
-    except KeyboardInterrupt:
-        whole = False
-        deaths = _in_order(deaths)
+    whole = True
+    with steps(console, "mutants", f"profile {profile}, seed {seed}", "mutants") as show:
+        show(0, len(chosen), 0)
+        try:
+            deaths = run_mutants(profile, seed, chosen, workers=workers, progress=step)
+            if not text:  # coverage is a statement about the whole catalogue
+                show.line("all were run; now the honest backends, for the coverage of the clauses")
+                rows = clause_rows(deaths, passing(profile, seed, report))
+        except KeyboardInterrupt:
+            hold()
+            whole = False
+            deaths = _in_order(deaths)
+        alive = sum(not d.killed for d in deaths)
+        killed = f"{len(deaths) - alive} of {len(chosen)} killed, {alive} survived"
+        show.line(f"{'ends' if whole else 'interrupted'}: {killed}, {time.perf_counter() - begin:.1f} s")
     _print(deaths, rows, console)
     if not whole:
         console.print(f"[bold red]interrupted[/]: {len(chosen) - len(deaths)} mutants were not run")

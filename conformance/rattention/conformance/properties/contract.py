@@ -16,7 +16,7 @@ from rattention.conformance.properties.base import register
 from rattention.conformance.strategies import Plan, Recipe, build
 from rattention.conformance.strategies.plan import DTYPES, supported
 from rattention.conformance.strategies.pools import OPTIONS
-from rattention.conformance.told import by_user, told
+from rattention.conformance.told import by_user, told, trace
 from rattention.spec import SpecError, Unsupported, load
 
 ERRORS = tuple(label for label in load().judged if label.startswith("ERR") and label not in ("ERR-12", "ERR-13"))
@@ -68,7 +68,7 @@ def check_bad(ctx: Context, case: Case) -> list[Violation]:
         message = f"{entry}: refused with other words: {told(error)!r}, expected {want!r}"
         return [Violation(("BCK-5", *clauses), message, "refusal")]
     except PortFailure as failure:
-        return [Violation((failure.clause, *clauses), f"{entry}: {failure}", "crash")]
+        return [Violation((failure.clause, *clauses), f"{entry}: {failure}", failure.kind)]
     except Unsupported as refusal:
         options = case.params.get("options")  # files of earlier versions do not say
         base = [base_call(case.op, dtype, case.seed or 0, options) for dtype in _storages(case)]
@@ -80,7 +80,7 @@ def check_bad(ctx: Context, case: Case) -> list[Violation]:
         if by_user(error):
             raise
         message = f"{entry}: {type(error).__name__}: {told(error)[:200]}; expected SpecError: {want}"
-        return [Violation(clauses, message, "refusal")]
+        return [Violation(clauses, message, "crash", trace=trace(error))]
     return [Violation(clauses, f"{entry}: accepted; expected SpecError: {want}", "refusal")]
 
 

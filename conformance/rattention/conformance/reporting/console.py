@@ -7,19 +7,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rattention.conformance.reporting.summary import failing, replay_line
+from rattention.conformance.reporting.groups import changed, crashed, distinct, grouped
+from rattention.conformance.reporting.summary import LARGEST_SHARE, failing, replay_line
 from rattention.spec import load
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-STYLE = {"pass": "green", "FAIL": "bold red", "unsupported": "yellow", "runner": "dim", "untested": "dim"}
+STYLE = {
+    "pass": "green",
+    "CRASH": "bold white on red",
+    "FAIL": "bold red",
+    "unsupported": "yellow",
+    "runner": "dim",
+    "untested": "dim",
+}
 SHORT = {"unsupported": "-", "untested": "."}
 """How the matrix over several backends spells what takes too much room in a terminal of 80 columns."""
 WIDE = 100
 """Columns of a terminal that has room for a matrix with lines."""
 SHOWN = 8
 """Failures printed in full; the others are in the report."""
+
+SAME = 3
+"""Of the cases that say what the first of them says, those whose replay line is printed."""
 
 
 def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, Path] | None = None) -> None:
@@ -43,10 +54,11 @@ def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, 
     console.print(_budget(report))
     for reason, count in list(report["unsupported"].items())[:6]:
         console.print(f"[yellow]unsupported[/] ({count} cases): {escape(reason)}")
-    for failure in report["failures"][:SHOWN]:
-        _failure(console, report, failure, (cases or {}).get(failure["file"]))
-    more = len(report["failures"]) - SHOWN
-    if more > 0:
+    groups = grouped(report["failures"])
+    for group in groups[:SHOWN]:
+        _failures(console, report, group, cases or {})
+    more = sum(len(group) for group in groups[SHOWN:])
+    if more:
         console.print(f"[dim]and {more} more failure{'s' if more > 1 else ''} in the report[/]")
     c = report["cases"]
     if c["left_out"]:
@@ -56,15 +68,17 @@ def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, 
     if report["unfinished"]:
         verdict = "[bold yellow]NO VERDICT[/]"
     console.print(
-        f"{verdict}  {escape(report['backend'])}  {c['passed']} passed, {c['failed']} failed, "
-        f"{c['unsupported']} unsupported{by_runner(c)}  "
+        f"{verdict}  {escape(report['backend'])}  {counts(report)}  "
         f"profile {report['profile']}, seed {report['seed']}, {report['seconds']:.1f} s"
     )
 
 
-def by_runner(cases: Mapping[str, int]) -> str:
-    """The count of the cases that say nothing about a port behind the wire; "" where there are none."""
-    return f", {cases['runner']} decided by the runner" if cases["runner"] else ""
+def counts(report: dict[str, Any]) -> str:
+    """How many cases ended how; those that say nothing about a port behind the wire where there are any."""
+    c = report["cases"]
+    crashed = f" ({c['crashed']} crashed)" if c["crashed"] else ""
+    runner = f", {c['runner']} decided by the runner" if c["runner"] else ""
+    return f"{c['passed']} passed, {c['failed']} failed{crashed}, {c['unsupported']} unsupported{runner}"
 
 
 def print_matrices(console: Console, reports: list[dict[str, Any]]) -> None:
@@ -81,8 +95,8 @@ def print_matrices(console: Console, reports: list[dict[str, Any]]) -> None:
         for report in reports:
             row = report["matrix"][op]
             told = Counter(row.values())
-            status = next((s for s in ("FAIL", "pass") if told[s]), next(iter(row.values())))
-            some = status in ("FAIL", "pass") and told[status] < len(row)
+            status = next((s for s in ("CRASH", "FAIL", "pass") if told[s]), next(iter(row.values())))
+            some = status in ("CRASH", "FAIL", "pass") and told[status] < len(row)
             text = SHORT.get(status, status) + "*" * some
             if status in SHORT:
                 notes[SHORT[status]] = status
@@ -124,20 +138,46 @@ def _budget(report: dict[str, Any]) -> Table:
                 cells.append("")
                 continue
             name, share = max(outputs.items(), key=lambda kv: kv[1])
-            text = f"{share:.3g}" + (f" {name}" if len(outputs) > 1 else "")
+            text = told_share(share) + (f" {name}" if len(outputs) > 1 else "")
             cells.append(f"[bold red]{text}[/]" if share > 1 else text)
         table.add_row(op, *cells)
     return table
 
 
-def _failure(console: Console, report: dict[str, Any], failure: dict[str, Any], file: Path | None) -> None:
-    console.rule(f"[red]{escape(failure['property'])}[/]  {escape(failure['op'])}  {failure['dtype']}", align="left")
-    console.print(f"case: {escape(failure['case'])}", highlight=False)
-    for violation in failure["violations"][:4]:
+def told_share(share: float) -> str:
+    """A share of the budget; infinite where an output must be exact and is not."""
+    return "inf" if share >= LARGEST_SHARE else f"{share:.3g}"
+
+
+def _failures(console: Console, report: dict[str, Any], group: list[dict[str, Any]], cases: Mapping[str, Path]) -> None:
+    """The first failure of a group in full; of the others, which say the same, what they are and where."""
+    first, *others = group
+    label = "[bold white on red]CRASH[/]  " if crashed(first) else ""
+    console.rule(f"{label}{_title(first)}", align="left")
+    console.print(f"case: {escape(first['case'])}", highlight=False, soft_wrap=True)
+    if changed(first):
+        console.print(changed(first), highlight=False)
+    for violation in distinct(first["violations"])[:4]:
         guess = f"  [cyan](looks like: {escape(violation['guess'])})[/]" if violation["guess"] else ""
         console.print(f"- {escape(violation['message'])}{guess}", highlight=False)
+        for line in violation["trace"].splitlines():
+            console.print(f"    [dim]{escape(line)}[/]", highlight=False, soft_wrap=True)
         labels = violation["clauses"][:4]
         for label in labels:
             console.print(f"    [bold]{label}[/] {escape(load().clauses.get(label, ''))}", highlight=False)
+    _replay(console, report, cases.get(first["file"]))
+    if others:
+        console.print(f"The same in {len(others)} more case{'s' if len(others) > 1 else ''}:")
+    for other in others[:SAME]:
+        _replay(console, report, cases.get(other["file"]))
+    if len(others) > SAME:
+        console.print(f"[dim]and {len(others) - SAME} more in the report[/]")
+
+
+def _title(failure: dict[str, Any]) -> str:
+    return f"[red]{escape(failure['property'])}[/]  {escape(failure['op'])}  {failure['dtype']}"
+
+
+def _replay(console: Console, report: dict[str, Any], file: Path | None) -> None:
     if file is not None:
         console.print(escape(replay_line(file, report)), highlight=False, soft_wrap=True)

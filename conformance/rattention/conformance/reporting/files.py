@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from rattention.conformance.judge import Violation
+from rattention.conformance.reporting.console import told_share
+from rattention.conformance.reporting.groups import changed, crashed, distinct, grouped
 from rattention.conformance.reporting.summary import case_name, failing, replay_line
 from rattention.conformance.runner import Outcome
+from rattention.conformance.session import UnitResult
 from rattention.spec import load
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
@@ -101,6 +105,11 @@ def html(reports: list[dict[str, Any]], absent: dict[str, str], folders: Mapping
         operations=load().operations,
         dtypes=load().storage_dtypes,
         failing=failing,
+        grouped=grouped,
+        distinct=distinct,
+        crashed=crashed,
+        changed=changed,
+        told_share=told_share,
         shade=shade,
         replay=lambda report, file: replay_line(Path(folders.get(report["backend"], "")) / CASES / file, report),
     )
@@ -124,24 +133,28 @@ def junit(outcome: Outcome, report: dict[str, Any]) -> bytes:
         if r.status != "skip":
             grouped.setdefault(r.property_name, {}).setdefault((r.op, r.dtype), []).append(r)
     for name, cells in grouped.items():
-        failures = sum(any(r.status == "fail" for r in rs) for rs in cells.values())
+        bad = {cell: _violations(outcome, name, cell, results) for cell, results in cells.items()}
+        crashes = sum(any(v.crash for v in found) for found in bad.values())
         skipped = sum(all(r.status in SKIPPED for r in rs) for rs in cells.values())
         suite = ET.SubElement(
             root,
             "testsuite",
             name=name,
             tests=str(len(cells)),
-            failures=str(failures),
+            failures=str(sum(map(bool, bad.values())) - crashes),
             skipped=str(skipped),
-            errors="0",
+            errors=str(crashes),
         )
         for (op, dtype), results in cells.items():
             seconds = sum(r.seconds for r in results)
             case = ET.SubElement(suite, "testcase", classname=f"{name}.{op}", name=dtype, time=f"{seconds:.3f}")
-            bad = [v for r in results for v in r.violations]
-            if bad:
-                element = ET.SubElement(case, "failure", message=_xml(bad[0].message), type=",".join(bad[0].clauses))
-                element.text = _xml("\n".join(v.message for v in bad[:20]))
+            found = bad[op, dtype]
+            if found:
+                # A crash is an error: the backend gave no answer that could be a failure.
+                kind = "error" if any(v.crash for v in found) else "failure"
+                found.sort(key=lambda v: not v.crash)
+                element = ET.SubElement(case, kind, message=_xml(found[0].message), type=",".join(found[0].clauses))
+                element.text = _xml("\n".join(f"{v.message}\n{v.trace}".strip() for v in found[:20]))
             elif all(r.status in SKIPPED for r in results):
                 ET.SubElement(case, "skipped", message=_xml(results[0].reason))
     if report["stopped"]:
@@ -151,6 +164,12 @@ def junit(outcome: Outcome, report: dict[str, Any]) -> bytes:
         ET.SubElement(case, "error", message=_xml(f"{left}: {report['stopped']}"), type="stopped")
     ET.indent(root)
     return ET.tostring(root, encoding="utf-8", xml_declaration=True)
+
+
+def _violations(outcome: Outcome, name: str, cell: tuple[str, str], results: list[UnitResult]) -> list[Violation]:
+    """Of one property on one operation and dtype, with the cases that shrinking took over to that dtype."""
+    moved = [f for f in outcome.failures if f.found and (f.property_name, f.op, f.dtype) == (name, *cell)]
+    return [v for one in (*results, *moved) for v in one.violations]
 
 
 def _xml(text: str) -> str:

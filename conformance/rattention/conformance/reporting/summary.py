@@ -14,6 +14,9 @@ from rattention.conformance.runner import Outcome
 from rattention.conformance.session import Failure
 from rattention.spec import load
 
+LARGEST_SHARE = 1e9
+"""A share of the budget in a report; larger ones, the infinite one included, are written as this: JSON has no inf."""
+
 
 def case_name(failure: Failure) -> str:
     """File name of a failure's case: property, operation and place in the plan."""
@@ -45,6 +48,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
             "total": sum(counts[s] for s in ("pass", "fail", "unsupported", "runner")),
             "passed": counts["pass"],
             "failed": counts["fail"],
+            "crashed": sum(r.crashed for r in outcome.results),
             "unsupported": counts["unsupported"],
             "runner": counts["runner"],
             "left_out": outcome.left_out,
@@ -61,16 +65,21 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
 
 
 def matrix(outcome: Outcome) -> dict[str, dict[str, str]]:
-    """Operation by dtype: pass, FAIL, unsupported or untested.
+    """Operation by dtype: pass, CRASH, FAIL, unsupported or untested.
 
-    What the backend does not declare is unsupported, though it passes the test that it is refused (BCK-3).
+    CRASH is said where a case ended in an exception or with the process, and FAIL where answers are wrong alone. A case
+    that shrinking has taken over to another dtype counts for that one as well: it fails there. What the backend does
+    not declare is unsupported, though it passes the test that it is refused (BCK-3).
     """
     declared = {key: _listed(outcome.describe.get(key)) for key in ("operations", "dtypes")}
     seen: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     dtypes = load().storage_dtypes
     for r in outcome.results:
         for dtype in dtypes if r.dtype == "any" else (r.dtype,):
-            seen[r.op, dtype][r.status] += 1
+            seen[r.op, dtype]["crash" if r.crashed else r.status] += 1
+    for failure in outcome.failures:
+        if failure.found:
+            seen[failure.op, failure.dtype]["crash" if any(v.crash for v in failure.violations) else "fail"] += 1
     table: dict[str, dict[str, str]] = {}
     for op in load().operations:
         row = {}
@@ -79,7 +88,9 @@ def matrix(outcome: Outcome) -> dict[str, dict[str, str]]:
             if op == "rope_table" and dtype != "float32":
                 continue
             row[dtype] = (
-                "FAIL"
+                "CRASH"
+                if counts["crash"]
+                else "FAIL"
                 if counts["fail"]
                 else "unsupported"
                 if op not in declared["operations"] or dtype not in declared["dtypes"]
@@ -144,7 +155,7 @@ def budget(outcome: Outcome) -> dict[str, dict[str, dict[str, float]]]:
     for r in outcome.results:
         for (op, dtype, name), share in r.shares.items():
             cell = worst.setdefault(op, {}).setdefault(dtype, {})
-            cell[name] = max(cell.get(name, 0.0), round(min(share, 1e9), 4))
+            cell[name] = max(cell.get(name, 0.0), round(min(share, LARGEST_SHARE), 4))
     order = list(load().operations)
     return {op: worst[op] for op in sorted(worst, key=order.index)}
 
@@ -173,7 +184,8 @@ def failure_json(failure: Failure) -> dict[str, Any]:
         "property": failure.property_name,
         "op": failure.op,
         "dtype": failure.dtype,
-        "case": failure.recipe,
+        "found": failure.found,
+        "case": failure.call,
         "file": case_name(failure),
         "violations": [_plain(v.to_json()) for v in failure.violations],
     }

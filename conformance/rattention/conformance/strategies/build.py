@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.strategies import layouts
+from rattention.conformance.strategies.callline import call_line
 from rattention.conformance.strategies.recipe import Recipe
 from rattention.conformance.strategies.values import DTYPES, draw, poisoned, stream
 from rattention.spec import load
@@ -147,7 +148,9 @@ def build(recipe: Recipe, tiles: tuple[int, ...] = ()) -> Case:
             values = draw(recipe.family, recipe.rng(stream(recipe.family, t.name)), shape, t.name)
             tensors[t.name] = np.ascontiguousarray(values.astype(classes[t.dtype]))
     _silence(recipe, tensors)
-    return Case(recipe.op, tensors, attributes(recipe), note=recipe.describe(), seed=recipe.seed)
+    case = Case(recipe.op, tensors, attributes(recipe), seed=recipe.seed)
+    case.note = call_line(case, recipe)
+    return case
 
 
 def present(recipe: Recipe, name: str) -> bool:

@@ -75,8 +75,3 @@ class Recipe:
             del values[name]
         values["options"] = tuple(o for o in self.options if o not in ("poison", "defaults", "rows"))
         return tuple(values.items())
-
-    def describe(self) -> str:
-        """One line for a report."""
-        sizes = f"B={self.B} T={self.T} Hq={self.Hkv * self.G} Hkv={self.Hkv} D={self.D} Dv={self.Dv}"
-        return f"{self.op} {self.dtype} {sizes} window={self.window} {self.feature_map} [{' '.join(self.options)}]"
