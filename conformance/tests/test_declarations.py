@@ -36,7 +36,7 @@ class Partial(Port):
 
     def run(self, op, tensors, attrs):
         call = self.check(op, tensors, attrs)
-        about = self.describe()
+        about: dict[str, Any] = self.describe()
         if op not in about["operations"] or call.storage not in about["dtypes"]:
             raise Unsupported(f"{op} in {call.storage}")
         if self.lacking in load().needs(op, call.given):

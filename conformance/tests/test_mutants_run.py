@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 from rattention.conformance.cli import app
 from rattention.conformance.mutants import CATALOGUE, Mutant, Port, console, coverage
+from rattention.conformance.mutants.credits import credits
 from rattention.conformance.mutants.runner import Death, Deck, judge, run_mutants
 from rattention.conformance.mutants.wire import WirePort
 from rattention.conformance.runner import Settings, conform
@@ -121,3 +122,9 @@ def test_same_seed_same_verdicts():
     chosen = [CATALOGUE[name] for name in ("heads-tiled", "window-one-too-wide")]
     one, two = (run_mutants("smoke", 6, chosen) for _ in range(2))
     assert [(d.test, d.cases, d.message) for d in one] == [(d.test, d.cases, d.message) for d in two]
+
+
+def test_what_counts_for_a_clause_can_break_it(deck):
+    """Of each property and each clause that its cases are counted for, one of them fails a mutant of the clause."""
+    unearned = [f"{c.property_name}: {c.clause} ({c.cases} cases)" for c in credits(deck) if not c.mutant]
+    assert not unearned

@@ -206,7 +206,7 @@ def test_metadata_of_any_kind():
         ({"name": Mute()}, "name is or holds (Mute)"),
         ({"operations": 3}, "operations is int: 3"),
         ({"dtypes": 3}, "dtypes is int: 3"),
-        ({"capabilities": ["rope", ["x"]]}, "capabilities must be a list of names, not ['rope', ['x']]"),
+        ({"capabilities": ["rope", ["x"]]}, "capabilities holds ['x'], which is none of rope, positions, "),
         ({"tile_sizes": {"T": [Mute()], "window": [], "D": []}}, "tile_sizes['T'] must be a list of positive ints"),
         ({"limits": {"D": {"maximum": "x"}}}, "the limit of D has maximum 'x'"),
         ({"limits": {"D": {"max": 3}}}, "the limit of D has the key 'max', expected"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -405,7 +405,7 @@ def test_values_elsewhere_must_be_passed_or_given_up_in_words():
     with pytest.raises(TypeError, match="the values of segment_ids are needed"):
         validate("rattention", tensors, attrs, host={"positions": UNREAD})
     with pytest.raises(TypeError, match=r"the values of positions are needed, and it is a builtins\.NoneType"):
-        validate("rattention", tensors, attrs, host={"positions": None, "segment_ids": UNREAD})
+        validate("rattention", tensors, attrs, host=cast(Any, {"positions": None, "segment_ids": UNREAD}))
     with pytest.raises(SpecError, match="ERR-8"):
         validate("rattention", tensors, attrs, host={"positions": UNREAD, "segment_ids": ids})
     assert validate("rattention", tensors, attrs, host=UNREAD).unread == ("positions", "segment_ids")

@@ -13,7 +13,7 @@ from rattention.conformance.oracle import Bounds, Oracle, half_ulp
 from rattention.conformance.strategies import Plan
 from rattention.conformance.strategies.plan import outside
 from rattention.conformance.told import by_user, clause_of, crash, reason_of, shown, told, trace
-from rattention.spec import UNREAD, Result, SpecError, Unsupported, load, validate
+from rattention.spec import UNREAD, Call, Result, SpecError, Unsupported, load, validate
 
 STORAGE = ("float32", "bfloat16", "float16")
 
@@ -92,10 +92,11 @@ class Context:
             self._break(("BCK-3",), f"{expected}{op} raised {crash(error)}", "crash", trace(error))
         finally:
             self._unmodified(op, tensors, before)
-        beyond = self.entitled(op, tensors, attrs)
+        call = validate(op, tensors, attrs, host=UNREAD)
+        beyond = self._beyond(call)
         if beyond:
             self._break(("BCK-3", "BCK-1"), f"{op} ran although it is not declared: {beyond}", "refusal")
-        outputs = self._structure(op, tensors, attrs, result)
+        outputs = self._structure(call, tensors, result)
         self._memory(op, tensors, outputs)
         self.held |= {"BCK-2", "BCK-3", "ERR-13"}
         return outputs
@@ -134,13 +135,15 @@ class Context:
 
     def entitled(self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> str:
         """Why the backend may answer Unsupported to this valid call, or "" where its description promises the call."""
-        about = self.describe
+        return self._beyond(validate(op, tensors, attrs, host=UNREAD))
+
+    def _beyond(self, call: Call) -> str:
+        about, op = self.describe, call.operation.name
         if op not in names(about, "operations"):
             return f"operation {op} is not declared"
-        call = validate(op, tensors, attrs, host=UNREAD)
         if call.storage not in names(about, "dtypes"):
             return f"dtype {call.storage} is not declared"
-        lacking = load().needs(op, tensors) - set(names(about, "capabilities"))
+        lacking = load().needs(op, call.given) - set(names(about, "capabilities"))
         if lacking:
             return "capability not declared: " + ", ".join(sorted(lacking))
         limits = about.get("limits")
@@ -152,11 +155,10 @@ class Context:
                     return reason
         return ""
 
-    def _structure(
-        self, op: str, tensors: Mapping[str, np.ndarray], attrs: Mapping[str, Any], result: Any
-    ) -> dict[str, np.ndarray]:
+    def _structure(self, call: Call, tensors: Mapping[str, np.ndarray], result: Any) -> dict[str, np.ndarray]:
         """BCK-2, GRAD-6 and BCK-4: names, shapes, dtypes, and the path taken. The outputs, in a dict of our own."""
-        label = ("GRAD-6", "BCK-2") if op.endswith(".vjp") else ("BCK-2",)
+        op = call.operation.name
+        label = ("GRAD-6", "BCK-2") if call.operation.is_vjp else ("BCK-2",)
         outputs: dict[str, np.ndarray] = {}
         try:
             mapping = isinstance(result, Mapping)
@@ -168,7 +170,6 @@ class Context:
             self._break(label, message, "structure", trace(error))
         if not mapping:
             self._break(label, f"{op} returned {type(result).__name__}, not a mapping of outputs", "structure")
-        call = validate(op, tensors, attrs, host=UNREAD)
         shapes = call.output_shapes()
         dtypes = call.output_dtypes({k: str(v.dtype) for k, v in tensors.items()})
         if set(outputs) != set(shapes):

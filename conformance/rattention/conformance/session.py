@@ -73,6 +73,13 @@ class Failure:
     found: str = ""
 
 
+def place_of(case: Case) -> tuple[str, str]:
+    """Operation and storage dtype that reports file a case under; what a backend says of itself belongs to no one."""
+    if case.params.get("what") == "describe":
+        return "describe()", "any"
+    return case.op, storage_of(case) if case.op in load().operations else "any"
+
+
 class Session:
     """Runs units against one backend. Not shared between processes: each worker has its own."""
 
@@ -99,7 +106,7 @@ class Session:
             return result
         if not self.selected(prop, case) or not self.concerns(case):
             return result
-        result.op, result.dtype = case.op, dtype_of(case)
+        result.op, result.dtype = place_of(case)
         result.reason = self.runners_own(case)
         if result.reason:
             result.status = "runner"
@@ -197,13 +204,14 @@ class Session:
         violations = violations or before
         diagnose(self.ctx, case, recipe, violations, before)
         self._answer(case, violations)
-        dtype, found = dtype_of(case), dtype_of(original)
+        op, dtype = place_of(case)
+        found = place_of(original)[1]
         return Failure(
             unit.index,
             unit.property_name,
-            case.op,
+            op,
             dtype,
-            call_line(case, recipe),
+            call_line(case, recipe) if op == case.op else op,
             violations,
             vectors.case_bytes(case),
             case.note,
@@ -239,8 +247,3 @@ class Session:
 def _judge_of(case: Case) -> Property:
     """The property whose verdict the case gets; a stored case names one."""
     return REGISTRY[case.property_name]
-
-
-def dtype_of(case: Case) -> str:
-    """The row of the matrix that a case belongs to: its storage dtype, "any" where it calls no operation."""
-    return storage_of(case) if case.op in load().operations else "any"

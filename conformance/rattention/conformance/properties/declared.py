@@ -172,8 +172,8 @@ def _sizes(about: Mapping[str, Any]) -> Iterator[str]:
     tiles, limits = about.get("tile_sizes"), about.get("limits")
     for key in ("T", "window", "D"):
         sizes = tiles.get(key) if isinstance(tiles, Mapping) else None
-        whole = isinstance(sizes, list | tuple) and all(number(s) is not None and isinstance(s, int) for s in sizes)
-        if not whole or not all(s > 0 for s in sizes):
+        given = sizes if isinstance(sizes, list | tuple) else (None,)
+        if not all(isinstance(s, int) and number(s) is not None and s > 0 for s in given):
             yield f"tile_sizes[{key!r}] must be a list of positive ints, not {shown(sizes)}"
     operations = load().operations.values()
     known = {s for op in operations for t in op.tensors for s in t.shape} | {
