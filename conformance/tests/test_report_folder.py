@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,6 +265,55 @@ def test_two_runs_at_once_leave_no_file_that_the_next_does_not_know(tmp_path):
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("[0-9]"))] == ["rep/a/3", "rep/b/2"]
     Folder(tmp_path / "rep").write({})
     assert not (tmp_path / "rep").exists()
+
+
+def test_a_second_run_into_the_folder_is_refused_before_it_begins(ran):
+    first = Folder("rep")
+    assert first.claim()
+    code, _, err = call("conform", "good", "--profile", "smoke", "--report", "rep")
+    assert code == 2
+    assert err == "rattention: --report rep: another run of rattention is writing there\n"
+    assert not ran
+    first.release()
+    assert tree() == []
+    assert call("conform", "good", "--profile", "smoke", "--report", "rep")[0] == 0
+
+
+def test_without_report_a_second_run_has_a_folder_of_its_own(ran):
+    first = Folder("rattention-failures")
+    assert first.claim()
+    first.write({"theirs.safetensors": b"of the first"})
+    code, out, _ = call("conform", "bad", "--profile", "smoke")
+    assert code == 1
+    assert Path("rattention-failures/theirs.safetensors").is_file()
+    assert "rattention replay rattention-failures-2/" in out
+    first.release()
+    assert call("conform", "good", "--profile", "smoke")[0] == 0
+    assert not Path("rattention-failures").exists()
+    assert list(Path("rattention-failures-2").glob("*.safetensors"))  # it is nobody's any more, and has its failures
+
+
+def test_a_claim_is_given_up_by_a_run_that_was_killed(tmp_path):
+    code = (
+        "import os, signal, sys\n"
+        "from rattention.conformance.reporting.folder import Folder\n"
+        "assert Folder(sys.argv[1]).claim()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "rep")], check=False).returncode != 0
+    folder = Folder(tmp_path / "rep")
+    assert folder.claim()
+    folder.release()
+
+
+def test_a_run_that_writes_nothing_leaves_no_folder(ran, monkeypatch):
+    def gone(*_, **__):
+        raise backends.CannotRun("gone")
+
+    monkeypatch.setattr(runner, "conform", gone)
+    for arguments in ((), ("--report", "deep/er/rep")):
+        assert call("conform", "good", "--profile", "smoke", *arguments)[0] == 2
+        assert tree() == []
 
 
 # ---------------------------------------------------------------------------------------------- several backends

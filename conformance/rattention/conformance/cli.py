@@ -154,14 +154,33 @@ def conform(
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per worker
     console.print(f"profile {profile.value}, seed {chosen}")
-    folder = reporting.Folder(report or FAILURES, keep=files)
-    if backend == "all":
-        raise typer.Exit(_all(settings, folder, whole=bool(report)))
-    found = _run(backend, settings, folder, whole=bool(report))
+    folder = _claimed(report, files)
+    try:
+        if backend == "all":
+            raise typer.Exit(_all(settings, folder, whole=bool(report)))
+        found = _run(backend, settings, folder, whole=bool(report))
+    finally:
+        folder.release()
     reporting.print_outcome(console, found.summary, found.cases)
     if found.written:
         console.print(f"report: {escape(str(folder.shown / 'report.html'))}", soft_wrap=True)
     raise typer.Exit(_code([found.summary]))
+
+
+def _claimed(report: Path | None, keep: Sequence[Path]) -> Folder:
+    """The folder of a run, which it has to itself. Where nobody named one, it is the first that no other run is in."""
+    from rattention.conformance.reporting import Folder
+
+    if report:
+        folder = Folder(report, keep=keep)
+        if not folder.claim():
+            cannot(f"--report {report}: another run of rattention is writing there")
+        return folder
+    folder, number = Folder(FAILURES, keep=keep), 1
+    while not folder.claim():
+        number += 1
+        folder = Folder(f"{FAILURES}-{number}", keep=keep)
+    return folder
 
 
 FAILURES = Path("rattention-failures")

@@ -32,8 +32,8 @@ CASE_SECONDS = 300.0
 """Seconds that a backend in this process may take for a case, where no `--timeout` says otherwise."""
 STOP_SECONDS = 5.0
 """Seconds that the workers have to end by themselves, beside those of their ports; after Ctrl-C they have one."""
-LEAVE_SECONDS = 1.0
-"""Seconds that a worker has to end the processes of its backend. One that hangs outside of Python takes no notice."""
+LEAVE_SECONDS = 5.0
+"""Seconds that a worker has to end the process of its port. A worker without one ends at once."""
 HURRIED = 60.0
 """Each case that hangs halves the time that the next may take, down to this many seconds."""
 START_LIMIT = 300.0
@@ -54,7 +54,7 @@ def end_with_parent() -> None:
 
 
 _backends: list[Any] = []
-"""Those of this worker, which may have processes of their own."""
+"""Those of this worker that have processes of their own."""
 
 
 def leave(*_: object) -> None:
@@ -81,8 +81,9 @@ def serve(pipe: Connection, stack: Stack, target: str, plan: Plan, select: str, 
 
 def _answer(pipe: Connection, target: str, plan: Plan, select: str, seconds: float | None) -> None:
     backend = backends.resolve(target, seconds)
-    _backends.append(backend)
-    signal.signal(signal.SIGTERM, leave)
+    if backends.is_wire_port(backend):
+        _backends.append(backend)
+        signal.signal(signal.SIGTERM, leave)
     session = Session(backend, backends.describe(backend, target), plan, select)
     pipe.send(("ready", None))
     with contextlib.suppress(EOFError):

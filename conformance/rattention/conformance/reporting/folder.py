@@ -81,6 +81,52 @@ class Folder:
         self.path = Path(folder).absolute()
         self.keep = {Path(file).resolve() for file in keep}
         self.begun = False
+        self.claimed: int | None = None
+        self.made: list[Path] = []
+
+    def claim(self) -> bool:
+        """Keep other runs out of the folder until `release`; False where one is in it.
+
+        The folder is made for that, where it is not there yet. One that cannot be made or locked is not claimed: this
+        is found out when something is to be written.
+        """
+        if fcntl is None:
+            return True
+        try:
+            while True:
+                self._make()
+                handle = os.open(self.path, os.O_RDONLY)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(handle), os.stat(self.path)):
+                        self.claimed = handle
+                        return True
+                except FileNotFoundError:
+                    pass  # another run ended in between, and has removed it: once more
+                finally:
+                    if self.claimed is None:
+                        os.close(handle)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.release()
+            return True
+
+    def release(self) -> None:
+        """Let other runs in; a folder that was made for nothing goes."""
+        for part in reversed(self.made):
+            with contextlib.suppress(OSError):
+                part.rmdir()
+        self.made = []
+        if self.claimed is not None:
+            os.close(self.claimed)
+            self.claimed = None
+
+    def _make(self) -> None:
+        for part in (*reversed(self.path.parents), self.path):
+            if not part.is_dir():
+                part.mkdir(exist_ok=True)
+                self.made.append(part)
 
     def write(self, files: Mapping[str, bytes]) -> None:
         """Write files, their names relative to the folder; the first call removes what the last run left.
@@ -155,10 +201,10 @@ class Folder:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Two runs that write one folder at the same time take turns."""
+        """Two runs that write one folder at the same time take turns, where neither has claimed it."""
         handle = None
         with contextlib.suppress(OSError):  # a folder that may not be listed, or a file system without locks
-            if fcntl is not None:
+            if fcntl is not None and self.claimed is None:
                 handle = os.open(self.path, os.O_RDONLY)
                 fcntl.flock(handle, fcntl.LOCK_EX)
         try:
