@@ -107,7 +107,7 @@ class Port:
 
         The next call starts a new process.
         """
-        process, self.process = self.process, None
+        process = self.process
         if process is None:
             return ""
         with contextlib.suppress(OSError, ValueError):
@@ -123,6 +123,7 @@ class Port:
         else:
             fault = said = ""
         process.kill()
+        self.process = None  # not before: `abandon` may have to end it in between
         return fault + said
 
     def close(self) -> str:
