@@ -96,16 +96,17 @@ def test_a_limit_of_time_is_kept(command, files):
     assert "within 1.5 s" in out
 
 
-def test_a_backend_in_python_has_a_limit_too(files, tmp_path):
-    slow = tmp_path / "slow.py"
-    slow.write_text(
-        "import time\nfrom rattention.numpy import adapter\n"
-        "class Slow(type(adapter.backend)):\n    def run(self, *call):\n        time.sleep(60)\nbackend = Slow()\n"
+def test_a_limit_of_time_is_kept_in_a_worker_too(files, tmp_path):
+    port = tmp_path / "port.py"
+    port.write_text(
+        "import time\nfrom rattention.numpy.adapter import NumpyBackend\n"
+        "class Port(NumpyBackend):\n    def run(self, *call):\n        time.sleep(600)\n"
     )
     for arguments in (("replay", files[0]), ("vectors", "check", files[0])):
-        code, out, _ = call(*arguments, f"{slow}:backend", "--timeout", "1.5")
+        code, out, _ = call(*arguments, f"{port}:Port", "--timeout", "1.5")
         assert code == 1
         assert "no answer within 1.5 s" in out
+        assert call(*arguments, "numpy", "--timeout", "60")[0] == 0
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e999", "two", ""])

@@ -87,7 +87,7 @@ class Outcome:
     @property
     def empty(self) -> bool:
         """Whether --select named no case that could be run, and nothing failed all the same."""
-        return not self.failed and all(r.status == "skip" or r.always for r in self.results)
+        return not self.failed and all(r.status in ("skip", "runner") or r.always for r in self.results)
 
     @property
     def unfinished(self) -> bool:

@@ -29,6 +29,7 @@ PARAMS: dict[str, tuple[str, ...]] = {
     "shift of phi": ("shift",),
     "strides": ("layouts",),
     "NaN surfaces": ("tensor", "at", "value"),
+    "relu at NaN": ("tensor",),
 }
 """Names in `params`, by property; the others have none. What they must hold is for the property to say."""
 
