@@ -188,7 +188,7 @@ REFUSED = [
         {"window": -2},
         "window",
         "ERR-5",
-        "rattention: window: expected an int >= -1, or None, got -2 (ERR-5)",
+        "rattention: window: expected an int from -1 to 2^53 - 1, or None, got -2 (ERR-5)",
     ),
     (
         "rope_table",

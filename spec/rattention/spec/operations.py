@@ -38,6 +38,7 @@ class Attribute:
     domain: str
     default: Any
     minimum: float | None = None
+    maximum: float | None = None
     exclusive_minimum: float | None = None
     multiple_of: int | None = None
     choices: tuple[str, ...] = ()

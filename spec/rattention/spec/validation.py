@@ -246,6 +246,8 @@ def _attribute(op: Operation, spec: Attribute, value: Any) -> Any:
         raise error
     if spec.minimum is not None and number < spec.minimum:
         raise error
+    if spec.maximum is not None and number > spec.maximum:
+        raise error
     if spec.exclusive_minimum is not None and number <= spec.exclusive_minimum:
         raise error
     if spec.multiple_of is not None and number % spec.multiple_of:
