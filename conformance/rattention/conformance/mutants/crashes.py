@@ -28,14 +28,14 @@ class CrashesOnGroupsOfThree(Port):
         return call
 
 
-@plant("BCK-3 EXT-2", "past size", "rationale: a workspace of the size that the author's prompts had")
+@plant("BCK-3 EXT-2", "crash", "rationale: a workspace of the size that the author's prompts had")
 class CrashesOnLongExtensions(Port):
-    """An extension by more than 100 tokens overruns its workspace."""
+    """An extension by more than 12 tokens overruns its workspace."""
 
     def check(self, op, tensors, attrs):
         call = super().check(op, tensors, attrs)
         if op.startswith("rattention_extend"):
-            workspace = memoryview(bytearray(100))
+            workspace = memoryview(bytearray(12))
             workspace[max(call.dims["T"], 1) - 1] = 1
         return call
 
