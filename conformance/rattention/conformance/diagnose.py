@@ -33,6 +33,8 @@ def diagnose(ctx: Context, case: Case, recipe: Recipe, violations: list[Violatio
     found = explain(ctx, case, original, outputs) if outputs else None
     for v in wrong:
         guess, labels = found or by_place(case, recipe, v)
+        if v.guess.startswith("precision") and v.relative is not None and v.relative > ROUGH:
+            v.guess = ""  # a probe for roundings found something greater
         v.guess = guess if found else v.guess or guess
         if case.is_vjp and labels:
             # Where the gradient of one parameter alone is wrong, what is said of that parameter comes first.
