@@ -143,7 +143,9 @@ def test_clauses_about_what_is_left_out_are_not_planned(lacking):
 
 def test_clauses_about_what_is_left_out_are_untested_in_the_report():
     table = reporting.summarise(run(Partial("segments"), ""))["clauses"]
-    assert {label for label, entry in table.items() if entry["status"] == "untested"} == GROUPS["segments"] | WATCHED
+    untested = {label for label, entry in table.items() if entry["status"] == "untested"}
+    # The case of `stop` is planned for every port, and left out for one in this process.
+    assert untested == GROUPS["segments"] | WATCHED | {"WIRE-4"}
 
 
 def test_one_operation_holds_its_own_clauses_alone():
