@@ -137,7 +137,7 @@ def test_empty_batches_and_sequences(op, empty, window):  # ERR-12
 
 def test_a_refusal_is_the_error_of_the_shared_validation():  # BCK-5
     t, attrs = example("rattention", "float32")
-    with pytest.raises(SpecError, match=r"rattention: window: expected an int from -1 to 2\^53 - 1, or None, got -2 \(ERR-5\)"):
+    with pytest.raises(SpecError, match=r"window: expected an int from -1 to 2\^53 - 1, or None, got -2 \(ERR-5\)"):
         backend.run("rattention", t, attrs | {"window": -2})
     with pytest.raises(SpecError, match="ERR-8"):
         backend.run("rattention", t | {"segment_ids": np.tile(np.array([1, 2, 1], np.int32), (B, T // 3))}, attrs)

@@ -31,7 +31,7 @@ NUMBER = nn.Parameter(torch.tensor(0.5))
     [(name, x, "an int >= 1") for name in SIZES for x in NO_SIZES]
     + [(name, None, "an int >= 1") for name in SIZES if name != "value_dim"]
     + [("num_heads", 3, "a multiple of num_kv_heads=2"), ("num_kv_heads", 3, None)]
-    + [("window", x, "an int from -1 to 2^53 - 1, or None") for x in (-2, 3.5, True, "3", [3], NUMBER, torch.tensor(3.5))]
+    + [("window", x, "an int from -1 to 2^53 - 1") for x in (-2, 3.5, True, "3", [3], NUMBER, torch.tensor(3.5))]
     + [("feature_map", x, "one of softmax, relu, identity") for x in ("elu", None, 3, torch.relu)]
     + [
         ("eps", x, "a float > 0 in the normal range of float32")

@@ -241,7 +241,7 @@ EMPTY: dict[str, Any] = {"batch": 2, "num_kv_heads": 2, "head_dim": 8, "window":
     [("batch", x, r"an int >= 0, got .* \(ERR-5\)") for x in (2.0, True, "2", None, -1)]
     + [(n, x, r"an int >= 1, got") for n in ("num_kv_heads", "head_dim", "value_dim") for x in (0, 8.0, True, "8")]
     + [
-        ("window", x, r"an int from -1 to 2\^53 - 1, or None, got .* \(ERR-5\)")
+        ("window", x, r"an int >= -1, or None, got .* \(ERR-5\)")
         for x in (-2, 3.5, True, "3", nn.Parameter(torch.ones(())))
     ]
     + [("feature_map", x, "one of softmax, relu, identity, got") for x in ("elu", None, 3, ["relu"])]
