@@ -31,6 +31,10 @@ SUSPECT = 0.4
 STRONG = 0.6
 """What a suspect counts that more speaks for: an option that the minimal case cannot do without, an error so small that
 it may be a rounding."""
+FORWARD = 0.5
+"""What a clause of the forward counts, in units of a suspect, where the gradient alone fails."""
+GRADIENT = ("GRAD", "NUM", "FM-6")
+"""Clauses that a gradient may break by itself."""
 EXACT = ("structure", "refusal", "crash", "mutation", "membership", "law", "hidden nan")
 """Kinds of violation that are no comparison of numbers within a budget: their clauses are what was checked."""
 
@@ -65,13 +69,13 @@ def grouped(outcome: Outcome) -> list[tuple[str, list[dict[str, float]]]]:
     small: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     raw: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for failure in outcome.failures:
-        shares = blamed(failure.violations, failure.suspects, failure.op)
+        shares = blamed(failure.violations, failure.suspects, failure.op, minimal=True)
         small[failure.property_name, operation(failure)].append(shares)
     stopped: dict[tuple[str, str], set[str]] = defaultdict(set)
     for r in outcome.results:
         if r.status == "fail":
             key = r.property_name, operation(r)
-            raw[key].append(blamed(r.violations, [r.suspects] * len(r.violations)))
+            raw[key].append(blamed(r.violations, [r.suspects] * len(r.violations), r.op))
             if r.property_name not in ("agreement", "bad input") and any(v.kind in STOPS for v in r.violations):
                 stopped[key].update(r.clauses)
     groups = []
@@ -82,15 +86,19 @@ def grouped(outcome: Outcome) -> list[tuple[str, list[dict[str, float]]]]:
     return groups
 
 
-def blamed(violations: Sequence[Violation], suspected: Sequence[frozenset[str]], minimal: str = "") -> dict[str, float]:
-    """How strongly a failure points at each clause, from 0 to 1. `minimal`: the operation of a case made small."""
+def blamed(
+    violations: Sequence[Violation], suspected: Sequence[frozenset[str]], op: str, *, minimal: bool = False
+) -> dict[str, float]:
+    """How strongly a failure of `op` points at each clause, from 0 to 1. `minimal`: its case was made small."""
     shares: dict[str, float] = {}
     for n, violation in enumerate(violations):
         mine = suspected[n] if n < len(suspected) else frozenset()
         # What the simplest calls do not have and a minimal case still has is needed for the failure.
-        needed = mine - plain(minimal, violation.output) if minimal in load().operations else frozenset()
+        needed = mine - plain(op, violation.output) if minimal and op in load().operations else frozenset()
         for label, share in _of(violation, mine, needed).items():
-            shares[label] = max(shares.get(label, 0.0), share)
+            # Were the forward wrong, its own cases would fail, and those of the gradient would not count.
+            inherited = op.endswith(".vjp") and share <= STRONG and not label.startswith(GRADIENT)
+            shares[label] = max(shares.get(label, 0.0), share * (FORWARD if inherited else 1.0))
     return shares
 
 
