@@ -267,7 +267,11 @@ def _field(name: str, field: str, classes: Sequence[str]) -> Factor:
     return Factor(name, tuple(classes), lambda r: str(getattr(r, field)), lambda r, c, rng: r.with_(**{field: c}))
 
 
-def _flag(name: str, words: tuple[str, str] = ("absent", "given")) -> Factor:
+GIVEN = ("absent", "given")
+"""Classes of an optional tensor."""
+
+
+def _flag(name: str, words: tuple[str, str] = GIVEN) -> Factor:
     """An option of the recipe."""
 
     def draw(r: Recipe, wanted: str, rng: Chance) -> Recipe:
@@ -376,12 +380,12 @@ def declared(plan: Plan, factor: Factor, wanted: str) -> bool:
     name = factor.name
     if name == "dtype":
         return wanted in plan.dtypes
-    absent = {"tables": "none", "segments": "none", "scale": "default"}.get(name, "absent")
-    if wanted == absent:
+    optional = name in OPTION_OF or factor.classes == GIVEN
+    if optional and wanted in ("none", "absent"):
         return True
     if name == "tables" and wanted.startswith("positions") and not plan.allows("positions"):
         return False
-    if not plan.allows(OPTION_OF.get(name, name)):
+    if optional and not plan.allows(OPTION_OF.get(name, name)):
         return False
     rng = np.random.default_rng(0)
     draws = (factor.draw(Recipe("rattention"), wanted, rng) for _ in range(8))

@@ -96,6 +96,9 @@ class Pairs:
             own = self.own[f.name]
             among = np.ix_(own, np.array(held))
             able = self.can_meet[among].all(1)
+            if not able.any():
+                with_ = ", ".join(map(self._told, held))
+                raise AssertionError(f"{self.op}: no class of {f.name} can be drawn with {with_}")
             cheap = able & (spent + self.costs[own] <= np.log(OVER))
             gains = gap[among].sum(1) + rng.random(len(own)) / 2
             if not cheap.any():  # then the cheapest, and of those the one that fills most
