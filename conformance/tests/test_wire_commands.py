@@ -128,7 +128,7 @@ def test_the_help_says_how_long_and_how_many():
         code, out, _ = call(*arguments, "--help")
         assert code == 0
         assert "--timeout" in out
-        assert "default: 120, and 60 to start" in out
+        assert "default 120, and 60 to start" in out
 
 
 def test_the_table_over_all_backends_has_a_column_for_the_runner(monkeypatch, tmp_path):

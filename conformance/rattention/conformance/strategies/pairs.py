@@ -17,6 +17,9 @@ from rattention.conformance.strategies.recipe import Recipe
 FIRST = ("T", "B", "tables", "segments", "cache", "window")
 """Factors that exclude most of the others are chosen before them."""
 
+TRIES = 50
+"""Ways that are tried to a recipe of a pair."""
+
 Wanted = Callable[[str, str], bool]
 """Whether a pair of factors, by their names, is asked for."""
 
@@ -50,8 +53,18 @@ class Pairs:
         self.reasons = _reasons(op)
         self.can_meet = np.array([[not why for why in row] for row in self.reasons])
         self.can_meet &= self.declared[:, None] & self.declared[None, :]
+        self._prune()
         self.seen = np.zeros_like(self.can_meet)
         self.times = np.zeros(len(self.names), int)
+
+    def _prune(self) -> None:
+        """Two classes meet only in a call that has a class of every other factor, one that either of them can meet."""
+        before = -1
+        while (left := int(self.can_meet.sum())) != before:
+            before = left
+            for own in self.own.values():
+                some = self.can_meet[:, own].astype(int)
+                self.can_meet &= some @ some.T > 0
 
     def add(self, recipes: Iterable[Recipe]) -> None:
         """Note what these recipes hold."""
@@ -78,16 +91,19 @@ class Pairs:
         while (gap := self.missing() & asked).any():
             first = int(rng.choice(np.flatnonzero(gap.sum(1) == gap.sum(1).max())))
             second = int(rng.choice(np.flatnonzero(gap[first])))
-            recipe = self._recipe(rng, start, gap, [first] if first == second else [first, second])
-            self.add([recipe])
-            if gap[first, second] and not self.seen[first, second]:
-                raise AssertionError(
-                    f"{self.op}: {self._told(first)} with {self._told(second)} cannot be drawn: {recipe}"
-                )
+            pair = [first] if first == second else [first, second]
+            # A greedy choice may end where no class of some factor is left; chance finds another way.
+            tries = (self._recipe(rng, start, gap * (n == 0), pair) for n in range(TRIES))
+            recipe = next(filter(None, tries), None)
+            if recipe is not None:
+                self.add([recipe])
+            if recipe is None or not self.seen[first, second]:
+                told = " with ".join(map(self._told, pair))
+                raise AssertionError(f"{self.op}: {told} cannot be drawn, and no rule of `apart` says so: {recipe}")
             yield recipe
 
-    def _recipe(self, rng: np.random.Generator, start: Recipe, gap: np.ndarray, held: list[int]) -> Recipe:
-        """A recipe that holds the classes `held`, and of the other factors what fills most gaps."""
+    def _recipe(self, rng: np.random.Generator, start: Recipe, gap: np.ndarray, held: list[int]) -> Recipe | None:
+        """A recipe that holds the classes `held`, and of the other factors what fills most gaps; None in a dead end."""
         chosen = {self.names[i][0].name: i for i in held}
         spent = self.plain + sum(self.costs[i] for i in held)
         for f in sorted(self.factors, key=lambda f: (f.name not in FIRST, rng.random())):
@@ -97,8 +113,7 @@ class Pairs:
             among = np.ix_(own, np.array(held))
             able = self.can_meet[among].all(1)
             if not able.any():
-                with_ = ", ".join(map(self._told, held))
-                raise AssertionError(f"{self.op}: no class of {f.name} can be drawn with {with_}")
+                return None
             cheap = able & (spent + self.costs[own] <= np.log(OVER))
             gains = gap[among].sum(1) + rng.random(len(own)) / 2
             if not cheap.any():  # then the cheapest, and of those the one that fills most
