@@ -66,7 +66,9 @@ def held(command: str, source: str) -> Outcome:
 
 
 @computes
-@pytest.mark.parametrize(("command", "source"), [s for s in STEPS if FRAME not in s[0]], ids=lambda x: x[-30:].strip() if x in SMOKE else "")
+@pytest.mark.parametrize(
+    ("command", "source"), [s for s in STEPS if FRAME not in s[0]], ids=lambda x: x[-30:].strip() if x in SMOKE else ""
+)
 def test_python_port_conforms_at_every_step(command, source):
     outcome = held(command, source)
     assert outcome.conforming, [f.violations[0].message for f in outcome.failures]
