@@ -13,7 +13,7 @@ FIRST = faults(
     ("phi-minus-mean", "FM-5", "phi subtracts the mean of a row and not its maximum.",
      "e = np.exp(x - x.max(-1, keepdims=True))", "e = np.exp(x - x.mean(-1, keepdims=True))"),
     ("relu-corner", "FM-6", "The derivative of relu(-x) at 0 is -1.",
-     "np.where(x >= 0, 0, two)", "np.where(x > 0, 0, two)"),
+     "np.where(x < 0, two, 0)", "np.where(x <= 0, two, 0)"),
     ("phi-gradient-of-x", "GRAD-1 FM-1", "The gradient of softmax(-x) is taken at x.",
      "softmax_vjp(softmax(-x), two)", "softmax_vjp(softmax(x), two)"),
     # ------------------------------------------------------------------------------------------ rotary embedding

@@ -110,7 +110,7 @@ def phi_vjp(x: np.ndarray, d: np.ndarray, kind: str) -> np.ndarray:
         return d
     one, two = d[..., : x.shape[-1]], d[..., x.shape[-1] :]
     if kind == "relu":
-        return np.where(x <= 0, 0, one) - np.where(x >= 0, 0, two)
+        return np.where(x > 0, one, 0) - np.where(x < 0, two, 0)
     return softmax_vjp(softmax(x), one) - softmax_vjp(softmax(-x), two)
 
 

@@ -103,8 +103,8 @@ SECOND = faults(
     ("key-features-in-float16", "NUM-2 NUM-3", "Features of keys pass through float16.",
      "return fq, np.where(self.live[:, None], fk, 0)",
      "return fq, np.where(self.live[:, None], fk, 0).astype(np.float16).astype(np.float32)"),
-    ("relu-gradient-hides-nan", "NUM-5", "The gradient of relu at NaN is zero.",
-     "np.where(x <= 0, 0, one)", "np.where(x > 0, one, 0)"),
+    ("relu-gradient-at-nan", "FM-6", "The gradient of relu at NaN is the cotangent.",
+     "np.where(x > 0, one, 0)", "np.where(x <= 0, 0, one)"),
     # ------------------------------------------------------------------------------------------ contract
     ("wide-inputs-narrowed", "ERR-4", "float64 tensors are narrowed to float32 and accepted.",
      "call = validate(op, tensors, attrs, host=integers)",

@@ -18,6 +18,7 @@ from rattention.conformance.reporting.summary import matrix, summarise
 from rattention.conformance.runner import Settings, conform, plan_units
 from rattention.conformance.session import Session
 from rattention.conformance.strategies import make_plan
+from rattention.conformance.wire import client
 from rattention.conformance.wire.client import Port
 from rattention.spec import SpecError
 from typer.testing import CliRunner
@@ -206,6 +207,16 @@ def test_a_port_that_stops_well_can_be_started_again(port, opened):
     assert p.stop() == p.stop() == ""
     p.run("feature_map", X, {})
     assert p.starts == 2
+
+
+def test_a_port_that_is_given_up_still_says_why(port, opened, monkeypatch):
+    """Of a port that hangs in every call the later failures are all that a report shows."""
+    monkeypatch.setattr(client, "HANGS", 0)
+    opened.append(p := Port(port("sys.stdout.write('half'); sys.stdout.flush(); time.sleep(60)"), run_seconds=3))
+    with pytest.raises(PortFailure, match=r"hangs: .* no newline at its end: 'half'"):
+        p.run("feature_map", X, {})
+    with pytest.raises(PortFailure, match=r"given up: the port hung 1 times .* the last time .*hangs: .*'half'"):
+        p.run("feature_map", X, {})
 
 
 def test_a_killed_port_takes_along_what_it_started(port, opened, tmp_path):

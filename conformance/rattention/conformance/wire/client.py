@@ -54,6 +54,7 @@ class Port:
         self.process: Process | None = None
         self.about: dict[str, Any] | None = None
         self.requests = self.starts = self.hangs = 0
+        self.lost = ""  # why the last process had to go, for calls that get none any more
 
     # ------------------------------------------------------------------------------------------ the two calls
 
@@ -84,7 +85,8 @@ class Port:
             validate(op, given, attrs)
         if self.process is None:
             if self.starts > RESTARTS or self.hangs > HANGS:
-                raise PortFailure(f"given up: the port hung {self.hangs} times and was started {self.starts} times")
+                counts = f"the port hung {self.hangs} times and was started {self.starts} times"
+                raise PortFailure(f"given up: {counts}; the last time {self.lost}")
             self._start()
         self.requests += 1
         if self.folder is None:
@@ -151,7 +153,8 @@ class Port:
         try:
             self.process = Process(self.command)
         except OSError as error:
-            raise PortFailure(f"{self.command[0]} does not start: {error.strerror or error}") from None
+            self.lost = f"{self.command[0]} does not start: {error.strerror or error}"
+            raise PortFailure(self.lost) from None
         hello = {"cmd": "start", "protocol": PROTOCOL, "spec_version": load().version}
         reply = self._ask(hello, self.start_seconds, "describe")
         if reply["protocol"] != PROTOCOL:
@@ -214,7 +217,8 @@ class Port:
             rest = process.written()
             came = f"; its last words have no newline at their end: {_shown(rest)}" if rest else ""
             self.process = None
-            raise PortFailure(f"the port {ending(process.kill())}{came}{said}")
+            self.lost = f"the port {ending(process.kill())}{came}{said}"
+            raise PortFailure(self.lost)
         if stray:
             lines = "a line" if len(stray) == 1 else f"{len(stray)} lines"
             self._fail(f"the port wrote {lines} that nobody asked for: {_shown(stray[0])}")
@@ -236,7 +240,8 @@ class Port:
         if self.process is not None:
             self.process.kill()
             self.process = None
-        raise PortFailure(text + said, clause)
+        self.lost = text + said
+        raise PortFailure(self.lost, clause)
 
     def _said(self, process: Process | None) -> str:
         text = process.stderr() if process is not None else ""
