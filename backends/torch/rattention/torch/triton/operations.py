@@ -37,10 +37,15 @@ def _check(*tensors: Tensor | None) -> None:
     reason = available(x.device)
     if not reason and x.dtype.is_floating_point and x.dtype not in STORAGE:
         reason = f"the Triton kernels hold float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
-    if not reason and x.ndim == 4 and max(t.shape[-1] for t in tensors if t is not None) > LARGEST_HEAD_DIM:
-        reason = f"the Triton kernels hold head dims up to {LARGEST_HEAD_DIM}"
     if reason:
         raise Unsupported(reason)
+    if x.ndim == 4:
+        _fits(max(t.shape[-1] for t in tensors if t is not None))
+
+
+def _fits(head_dim: int) -> None:
+    if head_dim > LARGEST_HEAD_DIM:
+        raise Unsupported(f"the Triton kernels hold head dims up to {LARGEST_HEAD_DIM}")
 
 
 def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -65,6 +70,7 @@ def feature_map(x: Tensor, *, feature_map: str, reduced: bool = False) -> tuple[
 
 def rope_table(positions: Tensor, *, head_dim: int, theta: float, reduced: bool = False) -> tuple[Tensor, Tensor]:
     _check(positions)
+    _fits(head_dim)  # no kernel could use a wider table
     return operators.rope_table(positions, head_dim, theta)
 
 
