@@ -289,10 +289,15 @@ def _all(settings: Settings, folder: Folder, *, whole: bool) -> int:
             console.print(f"report: {escape(str(folder.shown / 'report.html'))}", soft_wrap=True)
         except reporting.CannotWrite as error:
             warn(str(error))
-    table = Table(title="All backends", title_justify="left")
     kinds = ("passed", "failed", "unsupported", *(["runner"] if any(s["cases"]["runner"] for s in summaries) else []))
-    for column in ("backend", "profile", "verdict", *kinds, "largest share", "seconds"):
-        table.add_column(column, no_wrap=column in ("backend", "verdict"))
+    columns = ("backend", "profile", "verdict", *kinds, "largest share", "seconds")
+    if console.width >= reporting.WIDE:
+        table = Table(title="All backends", title_justify="left")
+    else:  # no lines and short heads, so that all of it stays whole in a terminal of 80 columns
+        table = Table(title="All backends", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        columns = tuple({"unsupported": "unsup.", "largest share": "share"}.get(name, name) for name in columns)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for s in summaries:
         verdict = "[green]conforming[/]" if s["conforming"] else "[bold red]not conforming[/]"
         verdict = "[yellow]no verdict[/]" if s["unfinished"] else verdict

@@ -76,7 +76,8 @@ def print_outcome(console: Console, report: dict[str, Any], cases: Mapping[str, 
         verdict = "[bold yellow]NO VERDICT[/]"
     console.print(
         f"{verdict}  {escape(report['backend'])}  {counts(report)}  "
-        f"profile {report['profile']}, seed {report['seed']}, {report['seconds']:.1f} s"
+        f"profile {report['profile']}, seed {report['seed']}, {report['seconds']:.1f} s",
+        soft_wrap=True,
     )
 
 
