@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -178,13 +178,18 @@ def _in_workers(pool: Pool, units: list[Unit], outcome: Outcome, progress: Progr
             pool.run(units, progress)
             pool.minimise([units[i] for i in worth_shrinking(_found(pool, units))])
     except (KeyboardInterrupt, backends.CannotRun) as reason:
-        if not pool.results:
+        if not _judged(pool.results.values()):
             raise  # there is nothing to keep
         if isinstance(reason, KeyboardInterrupt):
             interrupts.hold()
         outcome.stopped = str(reason) or INTERRUPTED
     outcome.results, outcome.failures = _found(pool, units), pool.failures
     return pool.endings
+
+
+def _judged(results: Iterable[UnitResult]) -> bool:
+    """Whether the backend had a say in any of them."""
+    return any(r.status not in ("skip", "runner") for r in results)
 
 
 def _found(pool: Pool, units: list[Unit]) -> list[UnitResult]:
@@ -209,7 +214,7 @@ def _in_process(
             if failure:
                 outcome.failures.append(failure)
     except KeyboardInterrupt:
-        if not outcome.results:
+        if not _judged(outcome.results):
             raise
         interrupts.hold()
         outcome.stopped = INTERRUPTED
