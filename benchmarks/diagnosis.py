@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provenance import commit, versions
+from provenance import commit, save, versions
 
 if TYPE_CHECKING:
     from diagnosed.fault import Fault
@@ -145,7 +145,7 @@ def summarise(told: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def write(told: list[dict[str, Any]], profile: str, seed: int, path: Path) -> None:
-    """Everything in the order of the lists; moved into place, so that a run cut short leaves a whole file."""
+    """Everything in the order of the lists."""
     order = [id for found in lists().values() for id in found]
     rows = sorted((row for row in told if row["fault"] in order), key=lambda row: order.index(row["fault"]))
     summary = {
@@ -156,10 +156,7 @@ def write(told: list[dict[str, Any]], profile: str, seed: int, path: Path) -> No
         "summary": summarise(rows),
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    save(summary, path)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from provenance import commit, versions
+from provenance import commit, save, versions
 
 if TYPE_CHECKING:
     from rattention.conformance.oracle import Oracle
@@ -180,10 +180,7 @@ def write(runs: list[dict[str, Any]], path: Path) -> None:
         "summary": table,
         "runs": runs,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    save(summary, path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from provenance import commit, versions
+from provenance import commit, save, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
@@ -102,13 +102,10 @@ def summarise(profile: str, seeds: list[int], told: list[dict[str, Any]], commit
 
 
 def write(summary: dict[str, Any], path: Path) -> None:
-    """Everything but the single deaths indented; moved into place, so that a run cut short leaves a whole file."""
+    """Everything but the single deaths indented."""
     deaths = ",\n  ".join(json.dumps(death) for death in summary["deaths"])
     text = json.dumps(summary | {"deaths": []}, indent=1).replace('"deaths": []', f'"deaths": [\n  {deaths}\n ]')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(path)
+    save(text, path)
 
 
 if __name__ == "__main__":

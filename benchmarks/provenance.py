@@ -1,10 +1,12 @@
-"""What a result names beside its figures: the commit and the versions that it was measured on."""
+"""What a result names beside its figures, and how it gets into its file."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,3 +33,12 @@ def versions(*names: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def save(told: dict[str, Any] | str, path: Path) -> None:
+    """Write a result, or the text of one; moved into place, so that a run cut short leaves a whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    text = told if isinstance(told, str) else json.dumps(told, indent=1)
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)

@@ -12,7 +12,6 @@ two from which on every d is caught under every seed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from provenance import commit, versions
+from provenance import commit, save, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sharpness.json"
@@ -92,7 +91,6 @@ def main() -> int:
         first = next((i for i in range(len(sizes)) if all(sizes[i:])), None)
         cell = table.setdefault(op, {}).setdefault(name, {}).setdefault(dtype, {})
         cell[fault] = None if first is None else 2.0 ** POWERS[first]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     told = {
         "commit": commit(),
         "versions": versions("numpy", "ml_dtypes"),
@@ -100,9 +98,7 @@ def main() -> int:
         "seeds": seeds,
         "smallest": table,
     }
-    part = options.output.with_suffix(".part")
-    part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    part.replace(options.output)
+    save(told, options.output)
     return 0
 
 
