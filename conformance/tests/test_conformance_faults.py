@@ -1,19 +1,9 @@
 """The suite against ports with one fault each: every one is caught at quick, and the right clause is named."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import faulty_ports as ports
 import pytest
 from rattention.conformance.oracle import Oracle
 from rattention.conformance.runner import Settings, conform
-
-spec = importlib.util.spec_from_file_location("faulty_ports", Path(__file__).with_name("faulty_ports.py"))
-assert spec is not None
-assert spec.loader is not None
-ports = importlib.util.module_from_spec(spec)
-sys.modules["faulty_ports"] = ports
-spec.loader.exec_module(ports)
 
 ORACLE = Oracle()
 SEED = 20261123

@@ -1,11 +1,11 @@
 """A crash of a backend is called one, and says where it happened, in the report and when it is replayed."""
 
-import importlib.util
 import json
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import faulty_ports as ports
 import pytest
 from rattention.conformance.cli import app
 from rattention.conformance.reporting.summary import summarise
@@ -14,12 +14,6 @@ from rattention.conformance.told import LONGEST_TRACE, trace
 from typer.testing import CliRunner
 
 PORTS = Path(__file__).with_name("faulty_ports.py")
-spec = importlib.util.spec_from_file_location("faulty_ports", PORTS)
-assert spec is not None
-assert spec.loader is not None
-ports = importlib.util.module_from_spec(spec)
-sys.modules["faulty_ports"] = ports
-spec.loader.exec_module(ports)
 
 SMOKE = ("--profile", "smoke", "--seed", "3", "--workers", "1")
 

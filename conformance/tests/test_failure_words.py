@@ -1,10 +1,9 @@
 """What a failure says: sizes in budgets, the call in one line, the dtype, and the same words once."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
+import faulty_ports as ports
 import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.judge import compare_one
@@ -20,12 +19,6 @@ from rattention.spec import load, validate
 from rich.console import Console
 
 PORTS = Path(__file__).with_name("faulty_ports.py")
-spec = importlib.util.spec_from_file_location("faulty_ports", PORTS)
-assert spec is not None
-assert spec.loader is not None
-ports = importlib.util.module_from_spec(spec)
-sys.modules["faulty_ports"] = ports
-spec.loader.exec_module(ports)
 
 
 # ---------------------------------------------------------------------------------------------- numbers

@@ -1,13 +1,12 @@
 """Ports that answer what nobody foresaw are judged like others: a fault of theirs is no fault of the suite."""
 
-import importlib.util
 import json
 import pickle
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import faulty_ports as ports
 import numpy as np
 import pytest
 from rattention.conformance import backends
@@ -21,12 +20,6 @@ from rattention.spec import SpecError, Unsupported
 from typer.testing import CliRunner
 
 PORTS = Path(__file__).with_name("faulty_ports.py")
-spec = importlib.util.spec_from_file_location("faulty_ports", PORTS)
-assert spec is not None
-assert spec.loader is not None
-ports = importlib.util.module_from_spec(spec)
-sys.modules["faulty_ports"] = ports
-spec.loader.exec_module(ports)
 
 
 def messages(change, name="agreement", op="feature_map", limit=1, **about) -> list[str]:

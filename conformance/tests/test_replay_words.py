@@ -1,10 +1,9 @@
 """A replay says what the report said, and shows the tensors: small ones whole, of large ones the part that is wrong."""
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
+import faulty_ports as ports
 import numpy as np
 import pytest
 from rattention.conformance import vectors
@@ -15,12 +14,6 @@ from rattention.conformance.strategies.recover import recipe_of
 from typer.testing import CliRunner
 
 PORTS = Path(__file__).with_name("faulty_ports.py")
-spec = importlib.util.spec_from_file_location("faulty_ports", PORTS)
-assert spec is not None
-assert spec.loader is not None
-ports = importlib.util.module_from_spec(spec)
-sys.modules["faulty_ports"] = ports
-spec.loader.exec_module(ports)
 
 
 def call(*arguments):
