@@ -64,6 +64,12 @@ PRECISION = {"float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14)}
 """Bits of the significand and smallest normal exponent of each storage dtype."""
 
 
+def to_bits(x: np.ndarray, bits: int) -> np.ndarray:
+    """`x` with its significand rounded to so many bits, whatever its exponent; float64 in, float64 out."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
+
+
 def half_ulp(value: np.ndarray, storage: np.dtype) -> np.ndarray:
     """The largest error of one rounding of a number of this size to `storage`."""
     bits, smallest = PRECISION[str(storage)]

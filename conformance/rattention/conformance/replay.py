@@ -167,7 +167,7 @@ def _live(pipe: Connection, stack: Stack, target: str, files: list[Path], whole:
         pipe.send(("cannot", str(reason)))
     except KeyboardInterrupt:  # the backend's own, for Ctrl-C does not come here
         os._exit(1)
-    except BaseException as error:
+    except BaseException as error:  # SystemExit included: its status would be lost with this process
         traceback.print_exc()
         pipe.send(("cannot", f"the suite itself failed: {type(error).__name__}: {told(error)}"))
 

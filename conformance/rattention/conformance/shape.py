@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from rattention.conformance.case import Case
 from rattention.conformance.context import storage_of
-from rattention.conformance.oracle import Bounds
+from rattention.conformance.oracle import Bounds, to_bits
 from rattention.conformance.suspects import STATES
 
 UNITS = {"float32": 2.0**-19, "bfloat16": 2.0**-8, "float16": 2.0**-10}
@@ -99,16 +99,11 @@ def _bits_left(got: Mapping[str, np.ndarray], bounds: Bounds, outputs: set[str])
                 return 0
             x, (y, limit) = got[name].astype(np.float64), bounds[name]
             near = np.isfinite(x) & np.isfinite(y)
-            told.append(bool((_cut(x, bits) == x)[near].all()) and int((_cut(y, bits) != y)[near].sum()) > 3)
+            told.append(bool((to_bits(x, bits) == x)[near].all()) and int((to_bits(y, bits) != y)[near].sum()) > 3)
             told.append(bool((np.abs(x - y) <= np.abs(y) * 2.0 ** (1 - bits) + limit + 2.0**-24)[near].all()))
         if all(told):
             return bits
     return 0
-
-
-def _cut(x: np.ndarray, bits: int) -> np.ndarray:
-    mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
 
 
 def _fits(x: np.ndarray, y: np.ndarray, limit: np.ndarray, basis: list[np.ndarray]) -> bool:

@@ -14,6 +14,8 @@ from rattention.spec import load
 
 TOKENS = ("q", "k", "v")
 CACHE = ("cache_k", "cache_v")
+OPTIONS = {"rope_cos": "rope", "rope_sin": "rope", "segment_ids": "segments"}
+"""Optional tensors whose option in a recipe has another name."""
 
 
 def dims(recipe: Recipe) -> dict[str, int]:
@@ -159,8 +161,7 @@ def build(recipe: Recipe, tiles: tuple[int, ...] = ()) -> Case:
 
 def present(recipe: Recipe, name: str) -> bool:
     """Whether an optional tensor belongs to the recipe."""
-    option = {"rope_cos": "rope", "rope_sin": "rope", "segment_ids": "segments"}.get(name, name)
-    return recipe.has(option) and (name != "positions" or recipe.has("rope"))
+    return recipe.has(OPTIONS.get(name, name)) and (name != "positions" or recipe.has("rope"))
 
 
 def inert_tokens(tensors: dict[str, np.ndarray]) -> np.ndarray | None:

@@ -128,8 +128,9 @@ HEADS = Factor("H", tuple(SIZES["Hkv"]), lambda r: _size_class("Hkv", r.Hkv * r.
 
 WIDTHS = ("-1", "0", "1 to T-2", "T-1", "T or more", "2^15 or more", "2^31 or more", "none")
 CACHED_WIDTHS = ("-1", "0", "1 to 16", "17 to 128", "over 128", "none, no slots", "none, slots", "none, over 128 slots")
-LARGEST = 2**53 - 1
-"""The largest window that the specification knows."""
+_WINDOW = load().operations["rattention"].attribute["window"]
+assert _WINDOW.maximum is not None
+LARGEST = int(_WINDOW.maximum)
 
 
 def _width(r: Recipe) -> str:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from rattention.conformance.case import Case
-from rattention.conformance.strategies.build import CACHE, TOKENS, inert_tokens, unused_slots
+from rattention.conformance.strategies.build import CACHE, OPTIONS, TOKENS, inert_tokens, unused_slots
 from rattention.conformance.strategies.recipe import Recipe
 from rattention.spec import load
-
-OPTIONS = {"rope_cos": "rope", "segment_ids": "segments"}
-"""The options that have another name than their tensor; `rope_sin` comes with `rope_cos`."""
 
 
 def recipe_of(case: Case) -> Recipe:
@@ -21,7 +18,7 @@ def recipe_of(case: Case) -> Recipe:
     heads = sizes.get("Hkv", sizes.get("Hq", sizes.get("H", 1)))
     storage = [str(case.tensors[t.name].dtype) for t in op.tensors if t.dtype == "storage" and t.name in case.tensors]
     weights = {str(case.tensors[t.name].dtype) for t in op.tensors if t.dtype == "weight" and t.name in case.tensors}
-    options = [OPTIONS.get(t.name, t.name) for t in op.tensors if t.optional and t.name in case.tensors]
+    options = dict.fromkeys(OPTIONS.get(t.name, t.name) for t in op.tensors if t.optional and t.name in case.tensors)
     recipe = Recipe(
         case.op,
         storage[0] if storage else "float32",
@@ -31,7 +28,7 @@ def recipe_of(case: Case) -> Recipe:
         G=max(sizes.get("Hq", heads) // max(heads, 1), 1),
         D=sizes.get("D", 1),
         Dv=sizes.get("Dv", 1),
-        options=tuple(o for o in options if o != "rope_sin") + (("poison",) if _poisoned(case) else ()),
+        options=tuple(options) + (("poison",) if _poisoned(case) else ()),
         slots=sizes.get("W", 0),
         weights="storage" if weights and weights != {"float32"} else "float32",
         seed=case.seed or 0,

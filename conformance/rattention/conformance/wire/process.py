@@ -43,7 +43,7 @@ class Process:
     def _read_out(self) -> None:
         assert self.child.stdout is not None
         with contextlib.suppress(ValueError, OSError):
-            while chunk := self.child.stdout.read1(2**16):  # type: ignore[attr-defined]
+            while chunk := self.child.stdout.read1(2**16):  # type: ignore[attr-defined]  (buffered, which IO does not say)
                 *lines, rest = (self.rest + chunk).split(b"\n")
                 if len(rest) > LONGEST_LINE:
                     lines, rest = [*lines, rest], b""
